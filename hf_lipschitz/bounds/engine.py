@@ -1,0 +1,223 @@
+"""The two readings of a bound program, and the rounding error of its floating-point execution.
+
+*Bounded*: ``bound_program`` walks the nodes with the stored weights and returns a proved Lipschitz bound of each output.
+*Executed*: ``evaluate_program`` computes the function in float64. ``rounding_error`` bounds how far a forward pass in a
+floating-point dtype strays from it. Everything unknown is an error that names the node, never a default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import KernelError
+from .expression import enclose
+from .program import Node, Program
+from .rounding import UNIT_ROUNDOFF, Array, add_up, mul_up, sqrt_up
+from .rule import GEOMETRIES, Call, Geometry, NodeBound, NormTable, Rule, Shape, Size, finite, tightened
+
+# The one kind of stored tensor that an evaluation forward never reads: counters of normalisation layers.
+UNREAD_SUFFIXES = ("num_batches_tracked",)
+
+
+@dataclass(frozen=True)
+class ProgramBound:
+    """Bounds of one program with one set of weights.
+
+    ``nodes`` holds a NodeBound for each node, ``shapes`` their sample shapes, ``outputs`` those of features and logits,
+    ``norms`` the norm bounds of matrices by label, ``geometry`` the norm that all Lipschitz bounds speak of.
+    """
+
+    geometry: Geometry
+    nodes: tuple[NodeBound, ...]
+    shapes: tuple[Shape, ...]
+    outputs: Mapping[str, NodeBound]
+    norms: NormTable
+
+
+@dataclass(frozen=True)
+class RoundingBound:
+    """For one dtype: bounds of the l2 error and of the l2 norm of each output, over all inputs of the domain."""
+
+    features_error: float
+    features_norm: float
+    logits_error: float
+
+
+def bound_program(
+    program: Program,
+    weights: Mapping[str, Array],
+    rules: Mapping[str, Rule],
+    *,
+    geometry: Geometry = "l2",
+    witnesses: Mapping[str, float] | None = None,
+) -> ProgramBound:
+    """Bound the Lipschitz constant from the program's input to every node.
+
+    Args:
+        program: a program in any topological order.
+        weights: stored tensors by name; every one must be read by the program.
+        rules: the rule table that the caller trusts.
+        geometry: ``l2`` or ``token_max``.
+        witnesses: mu by matrix label, from a certificate (they save time and cannot weaken the result).
+
+    Raises:
+        KernelError: unknown operation or attribute, tensor missing or not covered, wrong shape, not finite.
+
+    Source: composition of Lipschitz maps, node by node; each rule states its own source.
+    """
+    if geometry not in GEOMETRIES:
+        raise KernelError(f"unknown geometry {geometry!r}; known: {', '.join(GEOMETRIES)}")
+    check_coverage(program, weights)
+    check_origin(program, rules)
+    norms = NormTable(witnesses)
+    bounds: list[NodeBound] = []
+    shapes: list[Shape] = []
+    for index, node in enumerate(program.nodes):
+        with _Place(index, node):
+            rule, call = _prepare(node, weights, rules, shapes, norms)
+            incoming = [bounds[i] for i in node.inputs]
+            shape = rule.shape(call)
+            factor = 1.0 if rule.arity == 0 else rule.lipschitz(call, geometry, tuple(b.lipschitz for b in incoming))
+            size = tightened(rule.size(call, tuple(b.size for b in incoming)), shape)
+            if not factor >= 0.0 or not size.token >= 0.0 or not size.total >= 0.0:
+                raise KernelError("the bound is not a number")
+            bounds.append(NodeBound(factor, size))
+            shapes.append(shape)
+    outputs = {name: bounds[index] for name, index in program.outputs.items()}
+    return ProgramBound(geometry, tuple(bounds), tuple(shapes), outputs, norms)
+
+
+def evaluate_program(
+    program: Program, weights: Mapping[str, Array], rules: Mapping[str, Rule], inputs: Array
+) -> dict[str, Array]:
+    """Execute the program in float64 on a batch of inputs; returns ``{"features": ..., "logits": ...}``."""
+    check_coverage(program, weights)
+    check_origin(program, rules)
+    norms, values, shapes = NormTable(), [], []
+    for index, node in enumerate(program.nodes):
+        with _Place(index, node):
+            rule, call = _prepare(node, weights, rules, shapes, norms)
+            shape = rule.shape(call)
+            arguments = (np.asarray(inputs, dtype=np.float64),) if rule.arity == 0 else [values[i] for i in node.inputs]
+            value = rule.apply(call, *arguments)
+            if value.shape[1:] != shape:
+                raise KernelError(f"the value has sample shape {value.shape[1:]}, expected {shape}")
+            values.append(value)
+            shapes.append(shape)
+    return {name: values[index] for name, index in program.outputs.items()}
+
+
+def rounding_error(
+    program: Program, weights: Mapping[str, Array], rules: Mapping[str, Rule], dtype: str, bound: ProgramBound
+) -> RoundingBound:
+    """Bound the distance between the exact outputs and those of a forward pass in ``dtype``, over the whole domain.
+
+    Each node turns the errors of its inputs into at most ``lipschitz(errors)`` and adds its own local error, taken at the
+    *computed* inputs, whose size is at most the exact size plus the error so far. Weights are used as stored, so they must
+    be exact in ``dtype``; products in TF32, Winograd or FFT convolutions and reduced-precision sums are not covered.
+
+    Source: ``||x^_L - f(x)|| <= sum_l Lip(f_L o ... o f_{l+1}) ||delta_l(x^_{l-1})||`` (telescoping sum).
+    """
+    roundoff = UNIT_ROUNDOFF[dtype]
+    tiny = 2.0**-900 if dtype == "float64" else 2.0**-100  # covers underflow of every operation of one output entry
+    errors: list[float] = []
+    for index, node in enumerate(program.nodes):
+        with _Place(index, node):
+            rule, call = _prepare(node, weights, rules, list(bound.shapes), bound.norms, roundoff)
+            if rule.arity == 0:
+                errors.append(0.0)
+                continue
+            computed = tuple(
+                Size(add_up(bound.nodes[i].size.token, errors[i]), add_up(bound.nodes[i].size.total, errors[i]))
+                for i in node.inputs
+            )
+            local = rule.rounding(call, roundoff, computed)
+            carried = rule.lipschitz(call, "l2", tuple(errors[i] for i in node.inputs))
+            errors.append(add_up(carried, local, mul_up(tiny, sqrt_up(float(np.prod(bound.shapes[index]))))))
+    features, logits = program.outputs["features"], program.outputs["logits"]
+    return RoundingBound(errors[features], add_up(bound.nodes[features].size.total, errors[features]), errors[logits])
+
+
+def check_origin(program: Program, rules: Mapping[str, Rule]) -> None:
+    """A program has exactly one node without inputs: where perturbations enter. Others would hide a second input."""
+    origins = [n for n in program.nodes if n.op in rules and rules[n.op].arity == 0]
+    if len(origins) != 1:
+        raise KernelError(f"a program has exactly one input node, this one has {len(origins)}")
+
+
+def check_coverage(program: Program, weights: Mapping[str, Array]) -> None:
+    """Refuse tensors that the program reads but the file lacks, and tensors of the file that the program never reads."""
+    needed = program.tensor_names()
+    for name in sorted(needed - set(weights)):
+        raise KernelError(f"tensor {name!r} is read by the program but missing from the weights")
+    for name in sorted(set(weights) - needed):
+        if not name.endswith(UNREAD_SUFFIXES):
+            raise KernelError(f"tensor {name!r} is stored but not covered by the program: nothing bounds what it does")
+
+
+def _prepare(
+    node: Node,
+    weights: Mapping[str, Array],
+    rules: Mapping[str, Rule],
+    shapes: list[Shape],
+    norms: NormTable,
+    roundoff: float = 0.0,
+) -> tuple[Rule, Call]:
+    """Find the rule by exact name and check the node against its declaration."""
+    rule = rules.get(node.op)
+    if rule is None:
+        raise KernelError(f"no rule named {node.op!r}; known: {', '.join(sorted(rules))}")
+    if len(node.inputs) != rule.arity:
+        raise KernelError(f"takes {rule.arity} inputs, got {len(node.inputs)}")
+    _same_names("attribute", node.attrs, rule.attrs, frozenset())
+    for name, check in rule.attrs.items():
+        if not check(node.attrs[name]):
+            raise KernelError(f"attribute {name!r} has the inadmissible value {node.attrs[name]!r}")
+    _same_names("tensor slot", node.tensors, rule.tensors, rule.optional)
+    _same_names("scalar", node.scalars, dict.fromkeys(rule.scalars), frozenset())
+    tensors = {slot: _tensor(weights, name, rule.tensors[slot]) for slot, name in node.tensors.items()}
+    scalars = {slot: enclose(expression, weights) for slot, expression in node.scalars.items()}
+    deviations = {}
+    for slot, exact in scalars.items():
+        forward = enclose(node.scalars[slot], weights, roundoff) if roundoff else exact
+        deviations[slot] = float(np.max(np.maximum(forward.high - exact.low, exact.high - forward.low))) * (1.0 + 2.0**-50)
+    inputs = tuple(shapes[i] for i in node.inputs)
+    return rule, Call(node.attrs, inputs, tensors, node.tensors, scalars, norms, deviations)
+
+
+def _tensor(weights: Mapping[str, Array], name: str, dimensions: int) -> Array:
+    array = weights[name]
+    if array.ndim != dimensions or array.dtype.kind != "f" or array.size == 0:
+        raise KernelError(f"tensor {name!r} is {array.dtype} of shape {array.shape}; expected {dimensions} float dimensions")
+    try:
+        return finite(array.astype(np.float64))
+    except KernelError as error:
+        raise KernelError(f"tensor {name!r}: {error}") from None
+
+
+def _same_names(
+    kind: str, given: Mapping[str, object], known: Mapping[str, object], optional: frozenset[str]
+) -> None:
+    for name in given:
+        if name not in known:
+            raise KernelError(f"unknown {kind} {name!r}; known: {', '.join(known) or 'none'}")
+    for name in known:
+        if name not in given and name not in optional:
+            raise KernelError(f"the {kind} {name!r} is missing")
+
+
+class _Place:
+    """Prefixes errors of the kernel with the node they came from."""
+
+    def __init__(self, index: int, node: Node) -> None:
+        self._text = f"node {index} ({node.op})"
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, KernelError):
+            raise KernelError(f"{self._text}: {error}") from None

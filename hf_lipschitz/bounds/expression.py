@@ -1,0 +1,103 @@
+"""Scalar expressions over tensors: the small closed grammar for residual weights, temperatures, radii and normalisers.
+
+An expression is JSON: a number, or a list whose head names an operation::
+
+    ["tensor", "blocks.0.mixer.alpha"]     a stored tensor of at most one dimension (one entry a head)
+    ["add", e, f]  ["sub", e, f]  ["mul", e, f]  ["div", e, f]     elementwise, scalars broadcast
+    ["sqrt", e]  ["exp", e]  ["softplus", e]  ["sigmoid", e]       elementwise
+    ["max", e]                                                    the largest entry, a scalar
+
+The kernel encloses the value outward and multiplies what is there; it never assumes that a factor is the reciprocal of
+anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from .errors import KernelError
+from .rounding import Array, Enclosure
+
+_BINARY: dict[str, Callable[[Enclosure, Enclosure], Enclosure]] = {
+    "add": Enclosure.__add__,
+    "sub": Enclosure.__sub__,
+    "mul": Enclosure.__mul__,
+    "div": Enclosure.__truediv__,
+}
+_UNARY: dict[str, Callable[[Enclosure], Enclosure]] = {
+    "sqrt": Enclosure.sqrt,
+    "exp": Enclosure.exp,
+    "softplus": Enclosure.softplus,
+    "sigmoid": Enclosure.sigmoid,
+    "max": Enclosure.maximum,
+}
+# Units in the last place that a float library may be off by, for claim 3 only: arithmetic and sqrt are correctly rounded,
+# exp, softplus and sigmoid are composed of library calls, for which 8 is an assumption (measured below 3 for torch).
+_FORWARD_ULPS = {"add": 1, "sub": 1, "mul": 1, "div": 1, "sqrt": 1, "exp": 8, "softplus": 8, "sigmoid": 8, "max": 0}
+MAX_ENTRIES = 65536
+
+
+def check_expression(expression: Any, where: str) -> None:
+    """Raise KernelError unless ``expression`` is of the grammar above."""
+    if isinstance(expression, bool) or not isinstance(expression, int | float | list):
+        raise KernelError(f"{where}: a scalar is a number or a list, not {expression!r}")
+    if isinstance(expression, int | float):
+        if isinstance(expression, int) and abs(expression) > 2**53:
+            raise KernelError(f"{where}: the integer {expression} is too large for exact arithmetic")
+        return
+    head = expression[0] if expression and isinstance(expression[0], str) else None
+    if head == "tensor":
+        if len(expression) != 2 or not isinstance(expression[1], str):
+            raise KernelError(f"{where}: 'tensor' takes one name, got {expression!r}")
+        return
+    arity = 2 if head in _BINARY else 1 if head in _UNARY else None
+    if arity is None:
+        raise KernelError(f"{where}: unknown scalar operation {head!r}; known: {', '.join(_FORWARD_ULPS)}, tensor")
+    if len(expression) != arity + 1:
+        raise KernelError(f"{where}: {head!r} takes {arity} arguments, got {len(expression) - 1}")
+    for argument in expression[1:]:
+        check_expression(argument, where)
+
+
+def expression_tensors(expression: Any) -> Iterator[str]:
+    """The names of the tensors an expression reads."""
+    if isinstance(expression, list):
+        if expression[0] == "tensor":
+            yield expression[1]
+        else:
+            for argument in expression[1:]:
+                yield from expression_tensors(argument)
+
+
+def enclose(expression: Any, tensors: Mapping[str, Array], roundoff: float = 0.0) -> Enclosure:
+    """Enclose the real value of a checked expression: elementwise, shape () or (n,).
+
+    Args:
+        expression: JSON, see the module docstring.
+        tensors: stored tensors by name, at most one-dimensional.
+        roundoff: 0 for the real value; the unit roundoff u of a dtype for every value that a forward pass in that dtype
+            may compute (each operation and each constant widened by its rounding).
+
+    Raises:
+        KernelError: division by an enclosure of zero, a negative square root, a tensor that is not at most 1-D or not finite.
+    """
+    if not isinstance(expression, list):
+        return Enclosure.exactly(float(expression)).widened(roundoff)
+    head = expression[0]
+    if head == "tensor":
+        value = tensors[expression[1]]
+        if value.ndim > 1 or value.size > MAX_ENTRIES or value.size == 0:
+            raise KernelError(f"tensor {expression[1]!r} of shape {value.shape} cannot stand in a scalar expression")
+        return Enclosure.exactly(value)
+    arguments = [enclose(argument, tensors, roundoff) for argument in expression[1:]]
+    if head in _UNARY:
+        result = _UNARY[head](arguments[0])
+    else:
+        shapes = {np.shape(a.low) for a in arguments if np.shape(a.low) != ()}
+        if len(shapes) > 1:
+            raise KernelError(f"scalar operation {head!r} combines tensors of shapes {sorted(shapes)}")
+        result = _BINARY[head](*arguments)
+    return result.widened(_FORWARD_ULPS[head] * roundoff)

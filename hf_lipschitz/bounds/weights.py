@@ -1,0 +1,115 @@
+"""A strict reader of safetensors files, single and sharded: the same bytes are hashed and read.
+
+Format (huggingface/safetensors README): 8 bytes little-endian header length, a JSON header name -> {dtype, shape,
+data_offsets}, then the data. Refused beyond what the format refuses: duplicate keys, unknown dtypes, overlaps, holes,
+trailing bytes, tensors named twice across shards, shards that the index does not name, and paths outside the folder.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import strict_json
+from .errors import KernelError
+from .rounding import Array
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+MAX_HEADER = 16 * 2**20
+MAX_FILE = 2**38
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U8": "|u1", "BOOL": "|b1"}
+
+
+class Weights(dict[str, Array]):
+    """Tensors by name (bfloat16 widened to float32 exactly); ``dtypes`` as stored, ``digests`` file name -> SHA-256."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dtypes: dict[str, str] = {}
+        self.digests: dict[str, str] = {}
+
+
+def read_weights(folder: Path) -> Weights:
+    """Read all weights of a checkpoint folder, as ``from_pretrained`` would choose them: the single file first.
+
+    Raises:
+        KernelError: no safetensors weights, or any departure from the format.
+    """
+    weights = Weights()
+    if (folder / SINGLE).exists() or (folder / SINGLE).is_symlink():
+        _read_file(folder, SINGLE, weights)
+        return weights
+    if not (folder / INDEX).exists():
+        raise KernelError(f"no {SINGLE} and no {INDEX} in {folder.name or folder}: save the model with safetensors first")
+    data = strict_json.read_bytes(folder / INDEX)
+    index = strict_json.parse(data, INDEX)
+    shard_of = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(shard_of, dict) or not shard_of or any(not isinstance(v, str) for v in shard_of.values()):
+        raise KernelError(f"{INDEX}: 'weight_map' must map tensor names to shard files")
+    weights.digests[INDEX] = strict_json.sha256(data)
+    for shard in sorted(set(shard_of.values())):
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise KernelError(f"{INDEX}: the shard {shard!r} is not a plain .safetensors file of this folder")
+        for name in _read_file(folder, shard, weights):
+            if shard_of.get(name) != shard:
+                raise KernelError(f"{shard}: tensor {name!r} is not where {INDEX} says ({shard_of.get(name)})")
+    for name in sorted(set(shard_of) - set(weights)):
+        raise KernelError(f"{INDEX}: tensor {name!r} is in no shard")
+    return weights
+
+
+def _read_file(folder: Path, file_name: str, weights: Weights) -> list[str]:
+    data = strict_json.read_bytes(folder / file_name, MAX_FILE)
+    weights.digests[file_name] = strict_json.sha256(data)
+    header, start = _read_header(data, file_name)
+    names, expected = [], 0
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        begin, end = entry["data_offsets"]
+        if begin != expected or end > len(data) - start:
+            raise KernelError(f"{file_name}: tensor {name!r} leaves a hole, overlaps or reaches beyond the file (truncated?)")
+        if name in weights:
+            raise KernelError(f"{file_name}: tensor {name!r} is stored twice")
+        array = np.frombuffer(data, _DTYPES[entry["dtype"]], math.prod(entry["shape"]), start + begin)
+        if entry["dtype"] == "BF16":
+            array = (array.astype(np.uint32) << 16).view(np.float32)
+        weights[name], weights.dtypes[name] = array.reshape(entry["shape"]), entry["dtype"]
+        names.append(name)
+        expected = end
+    if expected != len(data) - start:
+        raise KernelError(f"{file_name}: {len(data) - start - expected} bytes follow the last tensor")
+    return names
+
+
+def _read_header(data: bytes, file_name: str) -> tuple[dict[str, Any], int]:
+    if len(data) < 8:
+        raise KernelError(f"{file_name}: {len(data)} bytes are no safetensors file (truncated?)")
+    length = int.from_bytes(data[:8], "little")
+    if length > min(MAX_HEADER, len(data) - 8):
+        raise KernelError(f"{file_name}: a header of {length} bytes does not fit (truncated or not a safetensors file)")
+    header = strict_json.parse(data[8 : 8 + length], f"{file_name}: header")
+    if not isinstance(header, dict):
+        raise KernelError(f"{file_name}: the header is not an object")
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
+        raise KernelError(f"{file_name}: __metadata__ must map names to strings")
+    for name, entry in header.items():
+        _check_entry(entry, f"{file_name}: tensor {name!r}")
+    return header, 8 + length
+
+
+def _check_entry(entry: Any, where: str) -> None:
+    entry = strict_json.fields(entry, ("dtype", "shape", "data_offsets"), where)
+    if entry["dtype"] not in _DTYPES:
+        raise KernelError(f"{where}: dtype {entry['dtype']!r} is not supported; known: {', '.join(_DTYPES)}")
+    for key in ("shape", "data_offsets"):
+        if not isinstance(entry[key], list) or any(type(v) is not int or v < 0 or v > MAX_FILE for v in entry[key]):
+            raise KernelError(f"{where}: {key!r} must be a list of non-negative integers")
+    if len(entry["data_offsets"]) != 2 or len(entry["shape"]) > 8:
+        raise KernelError(f"{where}: needs two data offsets and at most 8 dimensions")
+    size = math.prod(entry["shape"]) * np.dtype(_DTYPES[entry["dtype"]]).itemsize
+    if entry["data_offsets"][1] - entry["data_offsets"][0] != size:
+        raise KernelError(f"{where}: {entry['data_offsets']} do not span the {size} bytes of its shape")

@@ -1,0 +1,144 @@
+"""From a model to its certificate: the program of its class and config, bounded with the tensors as saved."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+import hf_lipschitz
+from hf_lipschitz.bounds import strict_json
+from hf_lipschitz.bounds.certificate import FILE_NAME, Certificate
+from hf_lipschitz.bounds.check import CONFIG, claimed, derive
+from hf_lipschitz.bounds.errors import KernelError
+from hf_lipschitz.bounds.program import Program
+from hf_lipschitz.bounds.rounding import Array
+from hf_lipschitz.bounds.rule import Geometry, Rule
+from hf_lipschitz.bounds.rules.table import BUILT_IN
+from hf_lipschitz.bounds.weights import read_weights
+from hf_lipschitz.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+
+def certify(
+    target: PreTrainedModel | str | os.PathLike[str],
+    *,
+    norm: Geometry = "l2",
+    rules: Mapping[str, Rule] = BUILT_IN,
+) -> Certificate:
+    """Bound a model's Lipschitz constant and return the certificate; nothing is written.
+
+    Args:
+        target: a checkpoint folder (its files are read as stored), or a model with ``bound_program`` (its state dict is
+            read as ``save_pretrained`` would store it; the certificate then covers no files).
+        norm: ``l2`` (all entries together) or ``token_max`` (every token may move at once).
+        rules: the rule table to trust.
+
+    Raises:
+        UserError: the folder's model class states no program, or the folder is missing.
+        KernelError: an operation without rule, NaN or infinite weights, tensors that the program does not cover.
+    """
+    if isinstance(target, str | os.PathLike):
+        return _certify_folder(Path(target), norm, rules)
+    return make_certificate(target.bound_program(), state_arrays(target), {}, norm=norm, rules=rules)  # pyright: ignore
+
+
+def write_certificate(folder: str | os.PathLike[str], *, norm: Geometry = "l2") -> Certificate:
+    """Certify a folder and write ``lipschitz_certificate.json`` into it (under a temporary name first)."""
+    certificate = certify(Path(folder), norm=norm)
+    path = Path(folder) / FILE_NAME
+    temporary = path.with_name(f".{FILE_NAME}.{os.getpid()}.tmp")
+    temporary.write_bytes(certificate.to_bytes())
+    os.replace(temporary, path)
+    return certificate
+
+
+def make_certificate(
+    program: Program,
+    weights: Mapping[str, Array],
+    files: Mapping[str, str],
+    *,
+    norm: Geometry = "l2",
+    rules: Mapping[str, Rule] = BUILT_IN,
+) -> Certificate:
+    """Derive the bounds of a program with weights and state them with the slack that other machines need."""
+    derived = claimed(derive(program, weights, rules, geometry=norm))
+    if not 0.0 < derived.bound.value < float("inf") or not 0.0 < derived.bound_features.value < float("inf"):
+        raise KernelError("the bound is zero or infinite: such a certificate would say nothing")
+    return Certificate(
+        derived.bound, derived.bound_features, derived.rounding, derived.matrices, program, dict(files), _versions()
+    )
+
+
+def _certify_folder(folder: Path, norm: Geometry, rules: Mapping[str, Rule]) -> Certificate:
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder: give the path of a saved checkpoint")
+    weights = read_weights(folder)
+    files = {**weights.digests, CONFIG: strict_json.sha256(strict_json.read_bytes(folder / CONFIG))}
+    return make_certificate(program_of_folder(folder), weights, files, norm=norm, rules=rules)
+
+
+def program_of_folder(folder: str | os.PathLike[str]) -> Program:
+    """Rebuild the bound program of a checkpoint from its class and config alone (no weights are read)."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return program_of_class(model_class(config), config)
+
+
+def program_of_class(kind: type[PreTrainedModel], config: Any) -> Program:
+    """The program that ``kind(config)`` states, built without allocating weights."""
+    import torch
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), torch.device("meta"):
+        model = kind(config)
+    build = getattr(model, "bound_program", None)
+    if build is None:
+        raise UserError(f"{kind.__name__} states no bound program: certify supports models with a bound_program method")
+    return build()
+
+
+def model_class(config: Any) -> type[PreTrainedModel]:
+    """The registered class that a config names in ``architectures``; UserError if none is registered under that name."""
+    from transformers.models.auto import modeling_auto
+
+    names = getattr(config, "architectures", None) or []
+    if len(names) != 1:
+        raise UserError(f"{CONFIG}: 'architectures' is {names}; expected exactly one class name")
+    for auto_name in ("AutoModelForImageClassification", "AutoModelForCausalLM", "AutoModel"):
+        kind = getattr(modeling_auto, auto_name)._model_mapping.get(type(config), None)
+        for candidate in kind if isinstance(kind, tuple) else (kind,):
+            if candidate is not None and candidate.__name__ == names[0]:
+                return candidate
+    raise UserError(f"{CONFIG}: no registered class is named {names[0]!r} for model type {config.model_type!r}")
+
+
+def state_arrays(model: torch.nn.Module) -> dict[str, Array]:
+    """The state dict as NumPy arrays (bfloat16 widened to float32, exactly)."""
+    import torch
+
+    def array(tensor: torch.Tensor) -> Array:
+        tensor = tensor.detach().cpu()
+        return np.asarray(tensor.float() if tensor.dtype == torch.bfloat16 else tensor)
+
+    return {name: array(tensor) for name, tensor in model.state_dict().items()}
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"hf_lipschitz": hf_lipschitz.__version__, "numpy": np.__version__, "python": platform.python_version()}
+    for package in ("torch", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

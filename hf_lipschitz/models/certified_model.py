@@ -1,0 +1,137 @@
+"""What every model of this library adds to ``PreTrainedModel``: a certificate in every folder it is saved to."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.modeling_utils import PreTrainedModel
+from transformers.utils.hub import cached_file
+
+from hf_lipschitz.bounds import strict_json
+from hf_lipschitz.bounds.certificate import FILE_NAME, Certificate
+from hf_lipschitz.bounds.errors import KernelError
+from hf_lipschitz.bounds.program import Program
+from hf_lipschitz.bounds.weights import read_weights
+from hf_lipschitz.certify import write_certificate
+from hf_lipschitz.remote_code import AUTO_MAP, write_remote_file
+
+
+class UncertifiedWarning(UserWarning):
+    """A model that is not, or no longer, the one a certificate speaks of; the message says why."""
+
+
+class CertifiedModel(PreTrainedModel):
+    """Base of all models here: ``save_pretrained`` writes the certificate of exactly the tensors it wrote."""
+
+    _certified_folder: Path | None = None
+    _uncertified_reason: str = "it was not loaded from, or saved to, a folder with a certificate"
+
+    def bound_program(self) -> Program:
+        """The bound program of this class and config."""
+        raise KernelError(f"{type(self).__name__} states no bound program")
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Nothing: the thin remote-code file serves instead of copies of this package's source."""
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """The certificate of exactly the weights in memory, or None with an ``UncertifiedWarning`` that says why.
+
+        Every stored tensor is compared, bit for bit, with the file that the certificate covers, so a cast, quantised, resized,
+        merged or further trained model has none. Costs one reading of the weight files.
+        """
+        try:
+            return self._checked_certificate()
+        except KernelError as error:
+            warnings.warn(f"this model has no certificate: {error}", UncertifiedWarning, stacklevel=2)
+            return None
+
+    def _checked_certificate(self) -> Certificate:
+        if self._certified_folder is None:
+            raise KernelError(self._uncertified_reason)
+        certificate = Certificate.from_bytes(strict_json.read_bytes(self._certified_folder / FILE_NAME))
+        stored = read_weights(self._certified_folder)
+        if any(certificate.files.get(name) != digest for name, digest in stored.digests.items()):
+            raise KernelError(f"the certificate in {self._certified_folder.name} is of other weight files")
+        state = self.state_dict()
+        if set(state) != set(stored):
+            raise KernelError(f"its tensors are not those of the certified file: {sorted(set(state) ^ set(stored))[:3]}")
+        for name, tensor in state.items():
+            if _stored_dtype(tensor) != stored.dtypes[name]:
+                raise KernelError(f"tensor {name!r} is {tensor.dtype}, certified as {stored.dtypes[name]}: certify the cast copy")
+            # stored arrays lie in read-only memory: copied, since torch would warn
+            if tensor.shape != stored[name].shape or not torch.equal(tensor.cpu().float(), torch.from_numpy(stored[name].copy()).float()):
+                raise KernelError(f"tensor {name!r} has changed since it was certified: save the model to certify it anew")
+        return certificate
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As in transformers; also writes the thin remote-code file and the certificate of the tensors just written.
+
+        Where the weights cannot be certified (NaN, foreign tensors, a process that only takes part in a distributed save) the
+        folder gets no certificate, a stale one is removed, and an ``UncertifiedWarning`` says why.
+        """
+        folder, main = Path(save_directory), kwargs.get("is_main_process", args[0] if args else True)
+        self.config.auto_map = dict(AUTO_MAP)
+        if main and folder.is_dir():
+            (folder / FILE_NAME).unlink(missing_ok=True)
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if main and folder.is_dir() and not (folder / FILE_NAME).exists():
+            self._write_extras(folder)
+
+    def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """transformers uploads from inside ``save_pretrained``: the certificate must be there before."""
+        self._write_extras(Path(working_dir))
+        return super()._upload_modified_files(working_dir, *args, **kwargs)  # pyright: ignore
+
+    def _write_extras(self, folder: Path) -> None:
+        write_remote_file(folder)
+        _remove_stale_index(folder)
+        try:
+            write_certificate(folder)
+        except ValueError as error:
+            self._certified_folder, self._uncertified_reason = None, str(error)
+            warnings.warn(f"{folder} was saved without a certificate: {error}", UncertifiedWarning, stacklevel=4)
+        else:
+            self._certified_folder = folder.resolve()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; remembers the certificate of the folder or repository, or warns why it does not apply."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        hub = {k: kwargs[k] for k in ("cache_dir", "revision", "token", "local_files_only", "subfolder") if k in kwargs}
+        model._remember(pretrained_model_name_or_path, info, hub)
+        return (model, info) if wants_info else model
+
+    def _remember(self, source: Any, info: dict[str, Any], hub: dict[str, Any]) -> None:
+        path = cached_file(source, FILE_NAME, **hub, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False) if source is not None else None
+        if path is None:
+            return
+        changed = [key for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(key)]
+        if changed:
+            self._uncertified_reason = f"tensors differ from the certified file ({', '.join(changed)})"
+        elif getattr(self, "hf_quantizer", None) is not None:
+            self._uncertified_reason = "it was quantised on loading"
+        else:
+            self._certified_folder = Path(path).parent
+            self._uncertified_reason = ""
+            return
+        warnings.warn(f"the certificate of {source} does not cover this model: {self._uncertified_reason}", UncertifiedWarning, stacklevel=3)
+
+
+def _stored_dtype(tensor: torch.Tensor) -> str:
+    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+    return names.get(tensor.dtype, str(tensor.dtype))
+
+
+def _remove_stale_index(folder: Path) -> None:
+    """transformers leaves the index of an earlier sharded save beside a new single file, where it would mislead readers."""
+    if (folder / "model.safetensors").exists():
+        (folder / "model.safetensors.index.json").unlink(missing_ok=True)

@@ -1,0 +1,1 @@
+"""LipViT: a Lipschitz vision transformer. Import from its modules, or from ``hf_lipschitz``."""

@@ -1,0 +1,155 @@
+"""LipViT configuration."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+from hf_lipschitz.models.lip_vit.presets import PRESETS
+
+TOKEN_MIXERS = ("shift", "orthogonal", "attention", "hybrid")
+ACTIVATIONS = ("maxmin", "abs", "group_sort")
+POOLINGS = ("l2", "sum")
+
+
+@strict
+class LipViTConfig(PreTrainedConfig):
+    r"""
+    Configuration of a LipViT. Input is in pixel units [0, 1]; the model normalises inside.
+
+    Args:
+        image_size (`int`): side of the square input image, in pixels.
+        num_channels (`int`): channels of the input image.
+        patch_size (`int`): side of a patch; divides `image_size`.
+        image_mean, image_std (`list[float]`): normalisation inside the model, one number a channel; 1 / min(std) is a factor
+            of the bound from pixels.
+        hidden_size, num_hidden_layers (`int`): width and number of blocks of the plain (one-stage) ViT. With `stages` they are
+            set to the last width and the total depth.
+        stages (`list[dict]`): `[{"depth": d, "width": w}, ...]`; between stages 2x2 patches merge through an orthogonal map.
+        token_mixer (`str`): `"shift"`, `"orthogonal"`, `"attention"` or `"hybrid"` (shift and attention alternating).
+        num_attention_heads (`int`): heads of the attention mixers; divides every width that has one.
+        shift_fraction (`float`): share of the channels that each of the four shifts moves (at least one channel).
+        activation (`str`): `"maxmin"`, `"abs"` (on `abs_fraction` of the channels) or `"group_sort"` (groups of `group_size`).
+        pooling (`str`): `"l2"` (norm over tokens) or `"sum"` (sum / sqrt(N)).
+        neck_depth (`int`): orthogonal maps with activation after pooling.
+        batch_centering (`bool`): subtract the batch mean after every map (a running mean, a bias, in evaluation).
+        loss_scale (`float`): factor on the logits inside the model's own cross entropy (a loss temperature, not in the logits).
+        constraints (`list[dict]`): which parameter carries which cap; by default every map is kept orthogonal and the head's
+            rows in the unit ball.
+    """
+
+    model_type = "lip_vit"
+
+    image_size: int = 32
+    num_channels: int = 3
+    patch_size: int = 4
+    image_mean: list[float | int] | None = None
+    image_std: list[float | int] | None = None
+    hidden_size: int = 256
+    num_hidden_layers: int = 8
+    stages: list[dict[str, int]] | None = None
+    token_mixer: str = "shift"
+    num_attention_heads: int = 4
+    shift_fraction: float | int = 0.0625
+    activation: str = "maxmin"
+    abs_fraction: float | int = 0.75
+    group_size: int = 4
+    pooling: str = "l2"
+    pool_eps: float = 1e-12
+    neck_depth: int = 1
+    batch_centering: bool = False
+    loss_scale: float | int = 3.0
+    constraints: list[dict[str, Any]] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        self.image_mean = [0.5] * self.num_channels if self.image_mean is None else list(self.image_mean)
+        self.image_std = [1.0] * self.num_channels if self.image_std is None else list(self.image_std)
+        if self.stages is None:
+            self.stages = [{"depth": self.num_hidden_layers, "width": self.hidden_size}]
+        _check_stages(self.stages)
+        self.hidden_size = self.stages[-1]["width"]
+        self.num_hidden_layers = sum(stage["depth"] for stage in self.stages)
+        if self.constraints is None:
+            self.constraints = default_constraints()
+        _check_choices(self)
+        _check_sizes(self)
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides: Any) -> LipViTConfig:
+        """The configuration of a named size, such as `"nano"` or `"base-patch16-224"`; keyword arguments override it."""
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
+        """Nothing: the thin remote-code file serves instead of copies of this package's source."""
+
+    def grids(self) -> list[tuple[int, int]]:
+        """The token grid (rows, columns) of each stage."""
+        side = self.image_size // self.patch_size
+        return [(side >> index, side >> index) for index in range(len(self.stages or []))]
+
+
+def default_constraints() -> list[dict[str, Any]]:
+    """Every matrix of the body orthogonal (norm at most 1), the head's rows in the unit ball."""
+    body = r"(lip_vit\.)?(embeddings|stages|neck)\..*weight"
+    return [
+        {"pattern": body, "cap": "stiefel", "norm": "spectral", "value": 1.0},
+        {"pattern": r"classifier\.weight", "cap": "row_normalize", "norm": "row", "value": 1.0},
+    ]
+
+
+def _check_stages(stages: list[dict[str, int]]) -> None:
+    for index, stage in enumerate(stages):
+        if set(stage) != {"depth", "width"} or any(type(value) is not int for value in stage.values()):
+            raise ValueError(f"stages[{index}] is {stage}: write it as {{'depth': integer, 'width': integer}}")
+        if stage["depth"] < 0 or stage["width"] < 1:
+            raise ValueError(f"stages[{index}] is {stage}: depth must be at least 0 and width at least 1")
+    if not stages:
+        raise ValueError("stages is empty: give at least one {'depth': d, 'width': w}")
+
+
+def _check_choices(config: LipViTConfig) -> None:
+    for key, known in (("token_mixer", TOKEN_MIXERS), ("activation", ACTIVATIONS), ("pooling", POOLINGS)):
+        if getattr(config, key) not in known:
+            raise ValueError(f"{key} is {getattr(config, key)!r}; choose one of {', '.join(known)}")
+    for key in ("image_mean", "image_std"):
+        if len(getattr(config, key)) != config.num_channels:
+            raise ValueError(f"{key} has {len(getattr(config, key))} entries for {config.num_channels} channels: give one each")
+    if min(config.image_std or [1.0]) <= 0.0:
+        raise ValueError(f"image_std is {config.image_std}: every entry must be positive")
+    if not 0.0 < config.shift_fraction <= 0.25:
+        raise ValueError(f"shift_fraction is {config.shift_fraction}: each of four groups takes a share in (0, 0.25]")
+    if not 0.0 < config.abs_fraction <= 1.0:
+        raise ValueError(f"abs_fraction is {config.abs_fraction}: it must lie in (0, 1]")
+    if config.pool_eps < 1e-12 or config.loss_scale <= 0.0 or config.neck_depth < 0:
+        raise ValueError("pool_eps must be at least 1e-12, loss_scale positive and neck_depth not negative")
+
+
+def _check_sizes(config: LipViTConfig) -> None:
+    stages = config.stages or []
+    if config.patch_size < 1 or config.image_size % config.patch_size != 0:
+        raise ValueError(f"patch_size {config.patch_size} does not divide image_size {config.image_size}: choose one that does")
+    side = config.image_size // config.patch_size
+    if side % 2 ** (len(stages) - 1) != 0:
+        raise ValueError(
+            f"a grid of {side} x {side} patches cannot be halved {len(stages) - 1} times: use fewer stages or another patch_size"
+        )
+    uses_attention = config.token_mixer in ("attention", "hybrid")
+    for index, stage in enumerate(stages):
+        width = stage["width"]
+        if config.activation == "maxmin" and width % 2 != 0:
+            raise ValueError(f"stage {index} has width {width}: MaxMin pairs channels, so the width must be even")
+        if config.activation == "group_sort" and width % config.group_size != 0:
+            raise ValueError(f"stage {index} has width {width}: GroupSort needs a multiple of group_size {config.group_size}")
+        if stage["depth"] > 0 and uses_attention and width % config.num_attention_heads != 0:
+            raise ValueError(f"stage {index} has width {width}: not a multiple of {config.num_attention_heads} heads")
+        if stage["depth"] > 0 and width < 4:
+            raise ValueError(f"stage {index} has width {width}: a block needs at least 4 channels")
+
+
+__all__ = ["LipViTConfig"]

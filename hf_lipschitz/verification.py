@@ -1,0 +1,287 @@
+"""``verify``: is a checkpoint what its certificate says? Three claims, each ``ok``, ``failed`` or ``not_checked``.
+
+* ``bound``: the kernel re-derives the bound from the weights and the program, and finds at most what is claimed.
+* ``program``: the program is rebuilt from the class and the config and is equal; program and model are both executed in float64
+  on random images and agree. Tested, not proved.
+* ``rounding``: the allowances for floating-point forwards are at least what the program needs.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hf_lipschitz.bounds import strict_json
+from hf_lipschitz.bounds.certificate import Certificate
+from hf_lipschitz.bounds.check import Report, check_folder
+from hf_lipschitz.bounds.engine import evaluate_program
+from hf_lipschitz.bounds.errors import KernelError
+from hf_lipschitz.bounds.rule import Rule, extended
+from hf_lipschitz.bounds.rules.table import BUILT_IN
+from hf_lipschitz.bounds.trust import trust_base
+from hf_lipschitz.errors import UserError
+from hf_lipschitz.remote_code import REMOTE_FILE_NAME, check_remote_file
+
+CLAIMS = ("bound", "program", "rounding")
+AGREEMENT = 1e-9  # largest difference of executed program and model, relative to the largest feature or logit
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome of a verification.
+
+    Attributes:
+        claims: ``bound``, ``program``, ``rounding`` -> ``ok``, ``failed`` or ``not_checked``.
+        reasons: one sentence for each thing that failed.
+        notes: worth knowing, no failure.
+        certificate: the certificate, where it could be read.
+        source: what was verified; ``commit`` the Hub commit, if it came from one.
+        trust_base: what the verdict rests on (NumPy, BLAS, processor, self-test).
+        foreign_rules: third-party rules that the caller chose to trust.
+    """
+
+    claims: dict[str, str]
+    reasons: tuple[str, ...]
+    notes: tuple[str, ...]
+    certificate: Certificate | None
+    source: str
+    commit: str | None
+    trust_base: dict[str, Any]
+    foreign_rules: tuple[str, ...] = ()
+    required: tuple[str, ...] = CLAIMS
+
+    @property
+    def ok(self) -> bool:
+        """Whether every required claim was checked and holds."""
+        return not self.reasons and all(self.claims[claim] == "ok" for claim in self.required)
+
+    @property
+    def exit_status(self) -> int:
+        """0 if all required claims hold, 1 otherwise."""
+        return 0 if self.ok else 1
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values, as ``hf-lipschitz verify --json`` prints them."""
+        certificate = self.certificate
+        return {
+            "ok": self.ok,
+            "claims": self.claims,
+            "reasons": list(self.reasons),
+            "notes": list(self.notes),
+            "bound": certificate.bound.to_json() if certificate else None,
+            "bound_features": certificate.bound_features.to_json() if certificate else None,
+            "source": self.source,
+            "commit": self.commit,
+            "trust_base": self.trust_base,
+            "foreign_rules": list(self.foreign_rules),
+        }
+
+
+@dataclass
+class _State:
+    """What a verification collects on its way."""
+
+    claims: dict[str, str] = field(default_factory=lambda: dict.fromkeys(CLAIMS, "not_checked"))
+    reasons: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def fail(self, claim: str, reason: str) -> None:
+        self.claims[claim] = "failed"
+        self.reasons.append(reason)
+
+
+def verify(
+    source: str | Path,
+    *,
+    require: str = "program",
+    trust: tuple[str, ...] = (),
+    endpoint: str | None = None,
+    token: str | None = None,
+    max_bound: float | None = None,
+    norm: str | None = None,
+    origin: str | None = None,
+    sha256: str | None = None,
+) -> Verdict:
+    """Verify a checkpoint folder or a repository at one commit.
+
+    Args:
+        source: a folder, ``org/name`` or ``org/name@revision``.
+        require: ``bound`` (kernel only: NumPy, no torch, no model code) or ``program`` (all claims).
+        trust: distributions whose rules (entry-point group ``hf_lipschitz.rules``) may be used.
+        endpoint, token: of the Hub to fetch from.
+        max_bound, norm, origin, sha256: pins: what the certificate must state at least, whoever wrote it: the largest bound to
+            the logits, the norm, the space of the input (``pixels[0,1]``), the SHA-256 of the certificate file.
+
+    Returns:
+        Verdict; anything wrong with the content is in it, never raised.
+
+    Raises:
+        UserError: the folder or repository cannot be read at all (missing, no network), or a package is missing.
+        KernelError: this machine cannot verify (wrong BLAS products, flushed subnormals).
+
+    Source: docs/certificate_format.md.
+    """
+    if require not in ("bound", "program"):
+        raise UserError(f"require is {require!r}: choose 'bound' (kernel only) or 'program'")
+    rules, foreign = _rules(trust)
+    folder, commit = _locate(source, endpoint, token)
+    state = _State()
+    report = check_folder(folder, rules)
+    state.claims.update(report.claims)
+    state.reasons.extend(report.reasons)
+    state.notes.extend(report.notes)
+    _check_thin_file(folder, state)
+    if report.certificate is not None:
+        _check_pins(folder, report.certificate, state, max_bound, norm, origin, sha256)
+    if require == "program" and report.claims["bound"] == "ok":
+        _check_program(folder, report, rules, state)
+    required = CLAIMS if require == "program" else ("bound", "rounding")
+    if report.certificate is not None and not report.certificate.rounding:
+        required = tuple(claim for claim in required if claim != "rounding")
+    return Verdict(
+        state.claims,
+        tuple(state.reasons),
+        tuple(state.notes),
+        report.certificate,
+        str(source),
+        commit,
+        trust_base(),
+        foreign,
+        required,
+    )
+
+
+def _rules(trust: tuple[str, ...]) -> tuple[dict[str, Rule], tuple[str, ...]]:
+    """The built-in rules and those of the distributions that the caller names; nothing else is ever loaded."""
+    rules: dict[str, Rule] = dict(BUILT_IN)
+    foreign: list[str] = []
+    for name in trust:
+        found = [p for p in entry_points(group="hf_lipschitz.rules") if p.dist is not None and p.dist.name == name]
+        if not found:
+            raise UserError(f"no installed distribution {name!r} offers rules for hf-lipschitz: install it or leave it out")
+        for point in found:
+            added = tuple(point.load())
+            rules = extended(rules, added)
+            foreign.extend(rule.op for rule in added)
+    return rules, tuple(foreign)
+
+
+def _locate(source: str | Path, endpoint: str | None, token: str | None) -> tuple[Path, str | None]:
+    if Path(source).expanduser().is_dir():
+        return Path(source).expanduser(), None
+    if isinstance(source, Path):
+        raise UserError(f"{source} is not a folder: give a checkpoint folder or org/name@revision")
+    from hf_lipschitz.hub import fetch
+
+    fetched = fetch(source, endpoint=endpoint, token=token)
+    return Path(fetched.path), fetched.commit
+
+
+def _check_thin_file(folder: Path, state: _State) -> None:
+    path = folder / REMOTE_FILE_NAME
+    if path.is_file() and not path.is_symlink() and not check_remote_file(path.read_text(errors="replace")):
+        state.fail("bound", f"{REMOTE_FILE_NAME}: not one of the published texts; it was not run")
+
+
+def _check_pins(
+    folder: Path,
+    certificate: Certificate,
+    state: _State,
+    max_bound: float | None,
+    norm: str | None,
+    origin: str | None,
+    sha256: str | None,
+) -> None:
+    bound = certificate.bound
+    if max_bound is not None and not bound.value <= max_bound:
+        state.fail("bound", f"the certificate states a bound of {bound.value!r} to the logits, above the pinned {max_bound!r}")
+    if norm is not None and bound.norm != norm:
+        state.fail("bound", f"the certificate speaks of the norm {bound.norm!r}, the pin of {norm!r}")
+    if origin is not None and bound.origin != origin:
+        state.fail("bound", f"the certificate speaks of inputs in {bound.origin!r}, the pin of {origin!r}")
+    if sha256 is not None and strict_json.sha256(certificate.to_bytes()) != sha256.lower():
+        state.fail("bound", "the certificate file is not the pinned one: its SHA-256 differs")
+
+
+def _check_program(folder: Path, report: Report, rules: dict[str, Rule], state: _State) -> None:
+    """Rebuild the program from class and config, then execute it and the model on random images."""
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "torch and transformers are needed to check the claim 'program': pip install them, or use --require bound"
+        ) from None
+    from hf_lipschitz.certify import program_of_folder
+
+    certificate, weights = report.certificate, report.weights
+    assert certificate is not None and weights is not None
+    try:
+        _check_processor(folder)
+        rebuilt = program_of_folder(folder)
+        if rebuilt.canonical_bytes() != certificate.program.canonical_bytes():
+            raise KernelError(f"the program is not the one that the class and config.json give: {_difference(rebuilt, certificate)}")
+        shape = tuple(certificate.program.nodes[0].attrs["shape"])
+        images = np.random.default_rng(0).random((4, *shape))
+        executed = evaluate_program(certificate.program, weights, rules, images)
+        for output, value in _model_outputs(folder, images).items():
+            scale = max(1.0, float(np.max(np.abs(executed[output]))))
+            distance = float(np.max(np.abs(value - executed[output]))) / scale
+            if not distance <= AGREEMENT:
+                raise KernelError(f"the model's {output} differ from the executed program's by {distance:.3g} relatively")
+    except (ValueError, OSError, KeyError) as error:
+        state.fail("program", str(error))
+    else:
+        state.claims["program"] = "ok"
+
+
+def _model_outputs(folder: Path, images: np.ndarray) -> dict[str, np.ndarray]:
+    """Features and logits of the Auto class's own float64 forward."""
+    import torch
+    from transformers import AutoConfig
+
+    from hf_lipschitz.certify import model_class
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    kind = model_class(config)
+    model, info = kind.from_pretrained(
+        folder, config=config, dtype=torch.float64, local_files_only=True, use_safetensors=True, output_loading_info=True
+    )
+    wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(key)}
+    if wrong:
+        raise KernelError(f"the model class does not load exactly these weights: {wrong}")
+    with torch.no_grad():
+        pixels = torch.from_numpy(images)
+        if model.base_model is model:
+            features = model(pixels).pooler_output.numpy()
+            return {"features": features, "logits": features}
+        return {"features": model.base_model(pixels).pooler_output.numpy(), "logits": model(pixels).logits.numpy()}
+
+
+def _check_processor(folder: Path) -> None:
+    """The image processor is saved after the model, so it is checked by meaning: rescale to [0, 1], normalise nothing."""
+    path = folder / "preprocessor_config.json"
+    if not path.exists():
+        return
+    processor = strict_json.parse(strict_json.read_bytes(path), path.name)
+    if not isinstance(processor, dict) or processor.get("do_normalize", True):
+        raise KernelError(f"{path.name}: the processor normalises, the certificate speaks of pixels in [0, 1]")
+    if not processor.get("do_rescale", False) or abs(float(processor.get("rescale_factor", 0.0)) - 1.0 / 255.0) > 1e-12:
+        raise KernelError(f"{path.name}: the processor must rescale by 1/255, so that pixels lie in [0, 1]")
+
+
+def _difference(rebuilt: Any, certificate: Certificate) -> str:
+    """The first place where two programs differ, for the error message."""
+    mine, theirs = rebuilt.canonical().nodes, certificate.program.nodes
+    for index, (a, b) in enumerate(zip(mine, theirs, strict=False)):
+        if a.to_json() != b.to_json():
+            return f"node {index} is {json.dumps(b.to_json())}, expected {json.dumps(a.to_json())}"
+    return f"it has {len(theirs)} nodes and outputs {dict(certificate.program.outputs)}, expected {len(mine)} nodes"
