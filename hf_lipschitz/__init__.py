@@ -36,7 +36,9 @@ if TYPE_CHECKING:
     from hf_lipschitz.models.lip_vit.image_processing_pil_lip_vit import (
         LipViTImageProcessorPil as LipViTImageProcessorPil,
     )
-    from hf_lipschitz.models.lip_vit.modeling_lip_vit import LipViTForImageClassification as LipViTForImageClassification
+    from hf_lipschitz.models.lip_vit.modeling_lip_vit import (
+        LipViTForImageClassification as LipViTForImageClassification,
+    )
     from hf_lipschitz.models.lip_vit.modeling_lip_vit import LipViTModel as LipViTModel
     from hf_lipschitz.optim.spectral_muon import SpectralMuon as SpectralMuon
     from hf_lipschitz.training.callback import LipschitzCallback as LipschitzCallback
@@ -106,8 +108,8 @@ class _Package(ModuleType):
 
 sys.modules[__name__].__class__ = _Package
 
-# A module, and the function of our `auto` to call once it is imported. Our own modeling module stands here too: importing it
-# first imports transformers' auto modules while it is itself incomplete.
+# A module, and the function of our `auto` to call once it is imported. Our own modeling module stands here too: importing
+# it first imports transformers' auto modules while it is itself incomplete.
 _REGISTRATIONS = {
     "hf_lipschitz.models.lip_vit.modeling_lip_vit": "register_models",
     "transformers.models.auto.configuration_auto": "register_configs",

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
+
+from hf_lipschitz.remote_code import PROCESSOR_AUTO_MAP
 
 
 class LipViTImageProcessorPil(PilBackend):
@@ -16,6 +20,10 @@ class LipViTImageProcessorPil(PilBackend):
     rescale_factor = 1 / 255
     do_normalize = False
     do_convert_rgb = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with the ``auto_map`` that lets the folder load without an import of this package."""
+        return {**super().to_dict(), "auto_map": dict(PROCESSOR_AUTO_MAP)}
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoImageProcessor") -> None:

@@ -1,0 +1,68 @@
+"""The table of caps: a new cap is its file and one row here; constraints, optimizers and tests find it by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from hf_lipschitz.caps.row_normalize import row_normalize
+from hf_lipschitz.caps.spectral_normalize import spectral_normalize
+from hf_lipschitz.caps.stiefel import stiefel
+from hf_lipschitz.errors import UserError
+
+
+@dataclass(frozen=True)
+class Cap:
+    """A cap and what it does.
+
+    Attributes:
+        name: as in recipes and ``config.constraints``.
+        function: ``function(weight, *, value)``, weights of shape (..., m, n).
+        norm: the norm it bounds, a key of ``verified_norms.NORMS``.
+        scalar: ``scalar(norms, value)``, its exact action on one matrix's singular values (norm "spectral") or row
+            norms (norm "row"), in real arithmetic: the oracle of the tests.
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    norm: str
+    scalar: Callable[[np.ndarray, float], np.ndarray]
+
+
+def _stiefel_scalar(singular_values: np.ndarray, value: float) -> np.ndarray:
+    return np.where(singular_values > 0.0, value, 0.0)
+
+
+def _spectral_normalize_scalar(singular_values: np.ndarray, value: float) -> np.ndarray:
+    return singular_values / max(1.0, float(np.max(singular_values)) / value)
+
+
+def _row_normalize_scalar(row_norms: np.ndarray, value: float) -> np.ndarray:
+    return np.minimum(row_norms, value)
+
+
+CAPS: dict[str, Cap] = {
+    cap.name: cap
+    for cap in (
+        Cap("stiefel", stiefel, "spectral", _stiefel_scalar),
+        Cap("spectral_normalize", spectral_normalize, "spectral", _spectral_normalize_scalar),
+        Cap("row_normalize", row_normalize, "row", _row_normalize_scalar),
+    )
+}
+
+
+def cap_named(name: str) -> Cap:
+    """The cap of that name.
+
+    Raises:
+        UserError: there is none; the message names the nearest and all that there are.
+    """
+    if name in CAPS:
+        return CAPS[name]
+    close = difflib.get_close_matches(str(name), CAPS, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    raise UserError(f"there is no cap named {name!r}: {hint}known caps are {', '.join(sorted(CAPS))}")

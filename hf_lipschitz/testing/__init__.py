@@ -1,0 +1,1 @@
+"""What tests need beyond the library itself, for this project and for packages built on it."""

@@ -1,0 +1,168 @@
+"""Images in memory: decoded once into a uint8 tensor, indexed batch by batch. No worker processes are needed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from hf_lipschitz.errors import UserError
+from hf_lipschitz.training.recipe import DataSection
+
+if TYPE_CHECKING:
+    from hf_lipschitz.models.lip_vit.configuration_lip_vit import LipViTConfig
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """Decoded images: ``pixel_values`` uint8 (N, C, H, W), ``labels`` int64 (N,), ``label_names`` one a class."""
+
+    pixel_values: torch.Tensor
+    labels: torch.Tensor
+    label_names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def check(self, config: LipViTConfig) -> None:
+        """Raise UserError unless a model of this config can take the images and labels."""
+        expected = (config.num_channels, config.image_size, config.image_size)
+        if tuple(self.pixel_values.shape[1:]) != expected:
+            raise UserError(
+                f"the images have shape {tuple(self.pixel_values.shape[1:])}, the model takes {expected}: "
+                "set data.resize to true, or model.config.image_size and num_channels"
+            )
+        check_labels(self.labels, config.num_labels)
+
+
+def check_labels(labels: torch.Tensor, num_labels: int) -> None:
+    """Raise UserError unless all labels lie in [0, num_labels)."""
+    if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_labels:
+        found = f"{int(labels.min())} to {int(labels.max())}"
+        raise UserError(f"labels run from {found}, the model has {num_labels} classes (0 to {num_labels - 1}): set num_labels")
+
+
+class BatchedImages(Dataset[Any]):
+    """A torch dataset that hands out whole batches (``__getitems__``), augmented on the uint8 pixels, in [0, 1] as float32.
+
+    ``crop`` shifts each image by up to that many pixels in either direction (zeros move in); ``flip`` mirrors half of them.
+    """
+
+    def __init__(self, data: ImageData, *, crop: int = 0, flip: bool = False) -> None:
+        self.data, self.crop, self.flip = data, crop, flip
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        batch = self.__getitems__([index])
+        return {key: value[0] for key, value in batch.items()}
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        chosen = torch.as_tensor(indices)
+        pixels = self.data.pixel_values[chosen]
+        if self.crop:
+            pixels = _random_shift(pixels, self.crop)
+        if self.flip:
+            mirrored = torch.rand(len(pixels)) < 0.5
+            pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
+        return {"pixel_values": pixels.to(torch.float32) / 255, "labels": self.data.labels[chosen]}
+
+    @staticmethod
+    def collate(batch: Any) -> dict[str, torch.Tensor]:
+        """The data collator for this dataset: batches come whole; single rows are stacked."""
+        if isinstance(batch, dict):
+            return batch
+        return {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
+
+
+def _random_shift(pixels: torch.Tensor, reach: int) -> torch.Tensor:
+    n, c, h, w = pixels.shape
+    padded = torch.nn.functional.pad(pixels, (reach,) * 4)
+    rows = torch.randint(0, 2 * reach + 1, (n, 1)) + torch.arange(h)
+    columns = torch.randint(0, 2 * reach + 1, (n, 1)) + torch.arange(w)
+    image = torch.arange(n)[:, None, None, None]
+    channel = torch.arange(c)[None, :, None, None]
+    return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
+
+
+def load_image_data(spec: DataSection, split: str, *, size: int | None = None, channels: int = 3) -> ImageData:
+    """Load and decode one split (``train`` or ``test``).
+
+    Args:
+        spec: the recipe's data section.
+        split: ``train`` or ``test``, mapped through ``spec.train_split`` and ``spec.test_split``.
+        size: side to resize to where ``spec.resize`` is set.
+        channels: 1 (grey) or 3 (RGB).
+
+    Raises:
+        UserError: no such data, no image or label column, images of different sizes, negative labels.
+    """
+    if spec.path == "digits":
+        return _digits(split)
+    rows, image_column, label_column = _open(spec, spec.train_split if split == "train" else spec.test_split)
+    pixels = _decode(rows[image_column], size if spec.resize else None, channels)
+    labels = torch.as_tensor(rows[label_column], dtype=torch.int64)
+    feature = rows.features[label_column]
+    names = list(getattr(feature, "names", None) or [str(i) for i in range(int(labels.max()) + 1)])
+    check_labels(labels, len(names))
+    return ImageData(pixels, labels, names)
+
+
+def _digits(split: str) -> ImageData:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8, 17 grey levels; a fixed random fifth is the test split."""
+    from sklearn.datasets import load_digits
+
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(0).permutation(len(labels))
+    held_out = len(labels) // 5
+    chosen = order[:held_out] if split == "test" else order[held_out:]
+    pixels = np.rint(images[chosen].reshape(-1, 1, 8, 8) * (255.0 / 16.0)).astype(np.uint8)
+    return ImageData(torch.from_numpy(pixels), torch.from_numpy(labels[chosen]).long(), [str(i) for i in range(10)])
+
+
+def _open(spec: DataSection, split: str) -> tuple[Any, str, str]:
+    from datasets import ClassLabel, Image, load_dataset
+
+    is_folder = Path(spec.path).expanduser().exists()
+    try:
+        loaded: Any = load_dataset(str(Path(spec.path).expanduser()) if is_folder else spec.path)
+    except Exception as error:  # datasets raises many kinds; all of them mean that the data cannot be had
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"data.path {spec.path!r} is no data set that can be loaded ({reason}): give a folder or a Hub name") from None
+    if split not in loaded:
+        raise UserError(f"{spec.path} has no split {split!r}, only {', '.join(loaded)}: set data.train_split or data.test_split")
+    rows = loaded[split]
+    images = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
+    labels = [name for name, feature in rows.features.items() if isinstance(feature, ClassLabel)] or [
+        name for name in ("label", "labels") if name in rows.features
+    ]
+    image_column, label_column = spec.image_column or next(iter(images), None), spec.label_column or next(iter(labels), None)
+    for kind, column in (("image", image_column), ("label", label_column)):
+        if column is None or column not in rows.features:
+            raise UserError(f"{spec.path} has no {kind} column among {', '.join(rows.features)}: set data.{kind}_column")
+    return rows, str(image_column), str(label_column)
+
+
+def _decode(images: Any, size: int | None, channels: int) -> torch.Tensor:
+    """PIL images -> one uint8 tensor (N, C, H, W); all must have one size."""
+    result: np.ndarray | None = None
+    for index, image in enumerate(images):
+        image = image.convert("L" if channels == 1 else "RGB")
+        if size is not None and image.size != (size, size):
+            image = image.resize((size, size))
+        array = np.asarray(image).reshape(image.size[1], image.size[0], channels)
+        if result is None:
+            result = np.empty((len(images), *array.shape), dtype=np.uint8)
+        if array.shape != result.shape[1:]:
+            raise UserError(
+                f"image {index} has shape {array.shape[:2]}, the first {result.shape[1:3]}: set data.resize to true"
+            )
+        result[index] = array
+    if result is None:
+        raise UserError("the split holds no images: choose another split")
+    return torch.from_numpy(result).permute(0, 3, 1, 2).contiguous()
