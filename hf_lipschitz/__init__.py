@@ -108,8 +108,8 @@ class _Package(ModuleType):
 
 sys.modules[__name__].__class__ = _Package
 
-# A module, and the function of our `auto` to call once it is imported. Our own modeling module stands here too: importing
-# it first imports transformers' auto modules while it is itself incomplete.
+# A module, and the function of our `auto` to call once it is imported. Our own modeling module stands here too:
+# importing it first imports transformers' auto modules while it is itself incomplete.
 _REGISTRATIONS = {
     "hf_lipschitz.models.lip_vit.modeling_lip_vit": "register_models",
     "transformers.models.auto.configuration_auto": "register_configs",

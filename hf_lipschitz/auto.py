@@ -1,6 +1,7 @@
 """Registration with transformers' Auto classes: one line a model family in each function.
 
-The functions are called by post-import hooks (``hf_lipschitz/__init__.py``) the moment transformers' auto modules exist.
+The functions are called by post-import hooks (``hf_lipschitz/__init__.py``) the moment transformers' auto modules
+exist.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ def register_configs() -> None:
 def register_models() -> None:
     """Make ``AutoModel`` and ``AutoModelFor...`` know our models.
 
-    transformers imports its auto modules from the modules that our own modeling files start with; where one of those is being
+    transformers imports its auto modules from the modules that our own modeling files start with; where one of those
+    is being
     imported right now, this does nothing: it is called again when that module is complete.
     """
     modeling = "hf_lipschitz.models.lip_vit.modeling_lip_vit"
@@ -37,7 +39,7 @@ def register_models() -> None:
 def register_image_processors() -> None:
     """Make ``AutoImageProcessor`` know our processors; without torchvision only the PIL one can be imported."""
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
-    from transformers.utils import is_torchvision_available
+    from transformers.utils.import_utils import is_torchvision_available
 
     from hf_lipschitz.models.lip_vit.configuration_lip_vit import LipViTConfig
     from hf_lipschitz.models.lip_vit.image_processing_pil_lip_vit import LipViTImageProcessorPil

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-import hf_lipschitz
+from hf_lipschitz import __version__
 from hf_lipschitz.bounds import strict_json
-from hf_lipschitz.bounds.certificate import FILE_NAME, Certificate
-from hf_lipschitz.bounds.check import CONFIG, claimed, derive
+from hf_lipschitz.bounds.certificate import FILE_NAME, Bound, Certificate
+from hf_lipschitz.bounds.check import CONFIG, SLACK, Derived, derive
+from hf_lipschitz.bounds.engine import RoundingBound
 from hf_lipschitz.bounds.errors import KernelError
 from hf_lipschitz.bounds.program import Program
-from hf_lipschitz.bounds.rounding import Array
+from hf_lipschitz.bounds.rounding import Array, mul_up
 from hf_lipschitz.bounds.rule import Geometry, Rule
 from hf_lipschitz.bounds.rules.table import BUILT_IN
 from hf_lipschitz.bounds.weights import read_weights
@@ -77,6 +78,19 @@ def make_certificate(
     )
 
 
+def claimed(derived: Derived) -> Derived:
+    """The same with the slack that makes it reproducible on another machine; what a certificate states."""
+
+    def above(bound: Bound) -> Bound:
+        return Bound(mul_up(bound.value, SLACK), bound.norm, bound.origin, bound.to)
+
+    rounding = {
+        dtype: RoundingBound(*(mul_up(v, SLACK) for v in (r.features_error, r.features_norm, r.logits_error)))
+        for dtype, r in derived.rounding.items()
+    }
+    return Derived(above(derived.bound), above(derived.bound_features), rounding, derived.matrices)
+
+
 def _certify_folder(folder: Path, norm: Geometry, rules: Mapping[str, Rule]) -> Certificate:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the path of a saved checkpoint")
@@ -107,7 +121,9 @@ def program_of_class(kind: type[PreTrainedModel], config: Any) -> Program:
 
 
 def model_class(config: Any) -> type[PreTrainedModel]:
-    """The registered class that a config names in ``architectures``; UserError if none is registered under that name."""
+    """The registered class that a config names in ``architectures``; UserError if none is registered under that
+    name.
+    """
     from transformers.models.auto import modeling_auto
 
     names = getattr(config, "architectures", None) or []
@@ -135,7 +151,7 @@ def state_arrays(model: torch.nn.Module) -> dict[str, Array]:
 def _versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
-    found = {"hf_lipschitz": hf_lipschitz.__version__, "numpy": np.__version__, "python": platform.python_version()}
+    found = {"hf_lipschitz": __version__, "numpy": np.__version__, "python": platform.python_version()}
     for package in ("torch", "transformers"):
         try:
             found[package] = version(package)

@@ -28,6 +28,8 @@ _LEFTOVERS = (
     *("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "training_args.bin", "trainer_state.json"),
 )
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+_FOREIGN_WEIGHTS = (*PICKLE_SUFFIXES, ".pickle", ".joblib", ".npy", ".npz", ".h5", ".msgpack", ".gguf")
+_TRAINING_STATE = ("optimizer.pt", "scheduler.pt", "scaler.pt", "training_args.bin", "rng_state*.pth")
 
 
 class CheckpointError(UserError):
@@ -84,7 +86,35 @@ def _walk(root: Path, folder: Path) -> Iterator[tuple[str, Path]]:
             yield path.relative_to(root).as_posix(), path
 
 
+def findings(folder: Path) -> tuple[list[str], list[str]]:
+    """What a verifier must refuse in a folder, and what it should mention; one sentence each. Nothing is opened.
+
+    Refused: symbolic links, code that is not the thin file, pickles and other formats that may run code or shadow
+    the weights, and adapters (transformers would load them on top). Mentioned: training state.
+    """
+    refused: list[str] = []
+    notes: list[str] = []
+    for directory, folders, files in os.walk(folder):
+        for name in sorted([*folders, *files]):
+            path = Path(directory) / name
+            shown = path.relative_to(folder).as_posix()
+            if path.is_symlink():
+                refused.append(f"{shown}: a symbolic link; a checkpoint holds plain files only")
+            elif name in files and matches(name, _TRAINING_STATE):
+                notes.append(f"{shown}: training state (a pickle), not read and not covered")
+            elif name in files and name.lower().endswith(_FOREIGN_WEIGHTS):
+                refused.append(f"{shown}: may run code or shadow the weights when loaded; keep safetensors only")
+            elif name in files and name.endswith((".py", ".pyc", ".so")) and shown != REMOTE_CODE_FILE:
+                refused.append(f"{shown}: code that is not the published {REMOTE_CODE_FILE}; it was not run")
+            elif shown == "adapter_config.json":
+                refused.append(
+                    f"{shown}: transformers would load an adapter on top of the certified weights; remove it"
+                )
+    return refused, notes
+
+
 def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a file name fits one of the shell patterns (case counts)."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 

@@ -140,6 +140,10 @@ def fetch(
         wanted = present if files is None else set(files)
         if absent := sorted(wanted - present):
             raise CheckpointError(f"{repo_id} at commit {commit} has no file '{absent[0]}': choose another revision.")
+        if not wanted:
+            raise CheckpointError(
+                f"No file of {repo_id} at commit {commit} was asked for or is there: name another one."
+            )
         store = cached_assets_path(
             "hf_lipschitz", repo_id, "snapshots", assets_dir=None if cache_dir is None else Path(cache_dir)
         )

@@ -1,8 +1,8 @@
 """``verify``: is a checkpoint what its certificate says? Three claims, each ``ok``, ``failed`` or ``not_checked``.
 
 * ``bound``: the kernel re-derives the bound from the weights and the program, and finds at most what is claimed.
-* ``program``: the program is rebuilt from the class and the config and is equal; program and model are both executed in float64
-  on random images and agree. Tested, not proved.
+* ``program``: the program is rebuilt from the class and the config and is equal; program and model are both executed
+  in float64 on random images and agree. Tested, not proved.
 * ``rounding``: the allowances for floating-point forwards are at least what the program needs.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +20,11 @@ from hf_lipschitz.bounds.certificate import Certificate
 from hf_lipschitz.bounds.check import Report, check_folder
 from hf_lipschitz.bounds.engine import evaluate_program
 from hf_lipschitz.bounds.errors import KernelError
-from hf_lipschitz.bounds.rule import Rule, extended
-from hf_lipschitz.bounds.rules.table import BUILT_IN
-from hf_lipschitz.bounds.trust import trust_base
+from hf_lipschitz.bounds.rule import Rule
+from hf_lipschitz.checkpoint_folder import findings
 from hf_lipschitz.errors import UserError
 from hf_lipschitz.remote_code import REMOTE_FILE_NAME, check_remote_file
+from hf_lipschitz.trust_base import trust_base, trusted_rules
 
 CLAIMS = ("bound", "program", "rounding")
 AGREEMENT = 1e-9  # largest difference of executed program and model, relative to the largest feature or logit
@@ -117,7 +116,8 @@ def verify(
         require: ``bound`` (kernel only: NumPy, no torch, no model code) or ``program`` (all claims).
         trust: distributions whose rules (entry-point group ``hf_lipschitz.rules``) may be used.
         endpoint, token: of the Hub to fetch from.
-        max_bound, norm, origin, sha256: pins: what the certificate must state at least, whoever wrote it: the largest bound to
+        max_bound, norm, origin, sha256: pins: what the certificate must state at least, whoever wrote it: the largest
+        bound to
             the logits, the norm, the space of the input (``pixels[0,1]``), the SHA-256 of the certificate file.
 
     Returns:
@@ -131,17 +131,16 @@ def verify(
     """
     if require not in ("bound", "program"):
         raise UserError(f"require is {require!r}: choose 'bound' (kernel only) or 'program'")
-    rules, foreign = _rules(trust)
+    rules, foreign = trusted_rules(trust)
     folder, commit = _locate(source, endpoint, token)
     state = _State()
     report = check_folder(folder, rules)
     state.claims.update(report.claims)
     state.reasons.extend(report.reasons)
-    state.notes.extend(report.notes)
-    _check_thin_file(folder, state)
+    _check_listing(folder, report, state)
     if report.certificate is not None:
         _check_pins(folder, report.certificate, state, max_bound, norm, origin, sha256)
-    if require == "program" and report.claims["bound"] == "ok":
+    if require == "program" and state.claims["bound"] == "ok":
         _check_program(folder, report, rules, state)
     required = CLAIMS if require == "program" else ("bound", "rounding")
     if report.certificate is not None and not report.certificate.rounding:
@@ -159,21 +158,6 @@ def verify(
     )
 
 
-def _rules(trust: tuple[str, ...]) -> tuple[dict[str, Rule], tuple[str, ...]]:
-    """The built-in rules and those of the distributions that the caller names; nothing else is ever loaded."""
-    rules: dict[str, Rule] = dict(BUILT_IN)
-    foreign: list[str] = []
-    for name in trust:
-        found = [p for p in entry_points(group="hf_lipschitz.rules") if p.dist is not None and p.dist.name == name]
-        if not found:
-            raise UserError(f"no installed distribution {name!r} offers rules for hf-lipschitz: install it or leave it out")
-        for point in found:
-            added = tuple(point.load())
-            rules = extended(rules, added)
-            foreign.extend(rule.op for rule in added)
-    return rules, tuple(foreign)
-
-
 def _locate(source: str | Path, endpoint: str | None, token: str | None) -> tuple[Path, str | None]:
     if Path(source).expanduser().is_dir():
         return Path(source).expanduser(), None
@@ -185,10 +169,19 @@ def _locate(source: str | Path, endpoint: str | None, token: str | None) -> tupl
     return Path(fetched.path), fetched.commit
 
 
-def _check_thin_file(folder: Path, state: _State) -> None:
+def _check_listing(folder: Path, report: Report, state: _State) -> None:
+    """Files that a loader might read instead of, or on top of, what was checked; only the thin file is opened."""
+    refused, notes = findings(folder)
+    state.notes.extend(notes)
+    covered = report.certificate.files if report.certificate else {}
+    for name in sorted(path.name for path in folder.glob("*.safetensors*")):
+        if covered and name not in covered:
+            refused.append(f"{name}: weights that the certificate does not cover; remove them")
     path = folder / REMOTE_FILE_NAME
-    if path.is_file() and not path.is_symlink() and not check_remote_file(path.read_text(errors="replace")):
-        state.fail("bound", f"{REMOTE_FILE_NAME}: not one of the published texts; it was not run")
+    if path.is_file() and not path.is_symlink() and not check_remote_file(path.read_bytes()):
+        refused.append(f"{REMOTE_FILE_NAME}: not one of the published texts; it was not run")
+    for reason in refused:
+        state.fail("bound", reason)
 
 
 def _check_pins(
@@ -202,7 +195,9 @@ def _check_pins(
 ) -> None:
     bound = certificate.bound
     if max_bound is not None and not bound.value <= max_bound:
-        state.fail("bound", f"the certificate states a bound of {bound.value!r} to the logits, above the pinned {max_bound!r}")
+        state.fail(
+            "bound", f"the certificate states a bound of {bound.value!r} to the logits, above the pinned {max_bound!r}"
+        )
     if norm is not None and bound.norm != norm:
         state.fail("bound", f"the certificate speaks of the norm {bound.norm!r}, the pin of {norm!r}")
     if origin is not None and bound.origin != origin:
@@ -228,7 +223,9 @@ def _check_program(folder: Path, report: Report, rules: dict[str, Rule], state: 
         _check_processor(folder)
         rebuilt = program_of_folder(folder)
         if rebuilt.canonical_bytes() != certificate.program.canonical_bytes():
-            raise KernelError(f"the program is not the one that the class and config.json give: {_difference(rebuilt, certificate)}")
+            raise KernelError(
+                f"the program is not the one that the class and config.json give: {_difference(rebuilt, certificate)}"
+            )
         shape = tuple(certificate.program.nodes[0].attrs["shape"])
         images = np.random.default_rng(0).random((4, *shape))
         executed = evaluate_program(certificate.program, weights, rules, images)
@@ -236,7 +233,9 @@ def _check_program(folder: Path, report: Report, rules: dict[str, Rule], state: 
             scale = max(1.0, float(np.max(np.abs(executed[output]))))
             distance = float(np.max(np.abs(value - executed[output]))) / scale
             if not distance <= AGREEMENT:
-                raise KernelError(f"the model's {output} differ from the executed program's by {distance:.3g} relatively")
+                raise KernelError(
+                    f"the model's {output} differ from the executed program's by {distance:.3g} relatively"
+                )
     except (ValueError, OSError, KeyError) as error:
         state.fail("program", str(error))
     else:
@@ -252,9 +251,15 @@ def _model_outputs(folder: Path, images: np.ndarray) -> dict[str, np.ndarray]:
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     kind = model_class(config)
-    model, info = kind.from_pretrained(
-        folder, config=config, dtype=torch.float64, local_files_only=True, use_safetensors=True, output_loading_info=True
+    loaded: Any = kind.from_pretrained(
+        folder,
+        config=config,
+        dtype=torch.float64,
+        local_files_only=True,
+        use_safetensors=True,
+        output_loading_info=True,
     )
+    model, info = loaded
     wrong = {key: sorted(info[key]) for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(key)}
     if wrong:
         raise KernelError(f"the model class does not load exactly these weights: {wrong}")
@@ -267,7 +272,9 @@ def _model_outputs(folder: Path, images: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def _check_processor(folder: Path) -> None:
-    """The image processor is saved after the model, so it is checked by meaning: rescale to [0, 1], normalise nothing."""
+    """The image processor is saved after the model, so it is checked by meaning: rescale to [0, 1], normalise
+    nothing.
+    """
     path = folder / "preprocessor_config.json"
     if not path.exists():
         return

@@ -1,6 +1,7 @@
 """The certificate: what is claimed of a checkpoint, and its one file format, ``lipschitz_certificate.json``.
 
-The file is the canonical JSON of its content (see strict_json.py) with ``content_digest``, the SHA-256 of the canonical JSON
+The file is the canonical JSON of its content (see strict_json.py) with ``content_digest``, the SHA-256 of the
+canonical JSON
 without that key: damage of any bit shows. Lies do not show here; they are found by recomputation (check.py).
 """
 
@@ -9,7 +10,7 @@ from __future__ import annotations
 import decimal
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from . import strict_json
@@ -28,10 +29,10 @@ _KEYS = (
     *("threat_model", "version", "versions"),
 )
 _STATEMENTS = {
-    "l2": "Any two inputs at Euclidean distance e (all entries together) have outputs at Euclidean distance at most bound * e.",
+    "l2": "Inputs at Euclidean distance e (all entries together) have outputs at Euclidean distance at most bound * e.",
     "token_max": "If every token moves by at most e in Euclidean norm, every output token moves by at most bound * e.",
 }
-_COVERS = "Real arithmetic of the stored weights, evaluation mode, the function described by 'program'; resizing is not covered."
+_COVERS = "Real arithmetic of the stored weights in evaluation mode, described by 'program'; resizing is not covered."
 _CEILING = decimal.Context(prec=10, rounding=decimal.ROUND_CEILING)
 
 
@@ -123,47 +124,52 @@ class Certificate:
         """Read a certificate strictly.
 
         Raises:
-            KernelError: not JSON, unknown or missing keys, another version, a wrong digest, bytes that are not canonical, or
+            KernelError: not JSON, unknown or missing keys, another version, a wrong digest, bytes that are not
+            canonical, or
                 an inadmissible program or value.
         """
-        value = strict_json.parse(data, FILE_NAME)
-        if isinstance(value, dict) and value.get("format") == FORMAT and value.get("version") != VERSION:
-            raise KernelError(f"{FILE_NAME}: format version {value.get('version')!r}; this reader knows {VERSION}: update it")
+        value = strict_json.object_of(strict_json.parse(data, FILE_NAME), FILE_NAME)
+        if value.get("format") == FORMAT and value.get("version") != VERSION:
+            raise KernelError(
+                f"{FILE_NAME}: format version {value.get('version')!r}; this reader knows {VERSION}: update it"
+            )
         value = strict_json.fields(value, _KEYS, FILE_NAME)
         digest = value.pop("content_digest")
         if digest != strict_json.sha256(strict_json.canonical(value)):
-            raise KernelError(f"{FILE_NAME}: content_digest does not match the content (the file was damaged or edited)")
+            raise KernelError(
+                f"{FILE_NAME}: content_digest does not match the content (the file was damaged or edited)"
+            )
+        digests = strict_json.fields(value["digests"], ("files",), f"{FILE_NAME}: digests")
         certificate = cls(
             bound=Bound.from_json(value["bound"], "logits", f"{FILE_NAME}: bound"),
             bound_features=Bound.from_json(value["bound_features"], "features", f"{FILE_NAME}: bound_features"),
             rounding=_read_rounding(value["rounding"]),
             matrices=_read_matrices(value["matrices"]),
             program=Program.from_json(value["program"], f"{FILE_NAME}: program"),
-            files=_read_strings(strict_json.fields(value["digests"], ("files",), f"{FILE_NAME}: digests")["files"], "digests"),
-            versions=_read_strings(value["versions"], "versions"),
+            files=strict_json.strings_of(digests["files"], f"{FILE_NAME}: digests"),
+            versions=strict_json.strings_of(value["versions"], f"{FILE_NAME}: versions"),
         )
         if certificate.to_bytes() != data:
-            raise KernelError(f"{FILE_NAME}: not in canonical form (format, version, threat_model, spelling or order differ)")
+            raise KernelError(
+                f"{FILE_NAME}: not in canonical form (format, version, threat_model, spelling or order differ)"
+            )
         return certificate
 
 
 def _rounding_json(bound: RoundingBound) -> dict[str, str]:
-    return {
-        "features_error": bound.features_error.hex(),
-        "features_norm": bound.features_norm.hex(),
-        "logits_error": bound.logits_error.hex(),
-    }
+    return {key: value.hex() for key, value in asdict(bound).items()}
 
 
 def _read_rounding(value: Any) -> dict[str, RoundingBound]:
     where = f"{FILE_NAME}: rounding"
-    if not isinstance(value, dict) or not set(value) <= set(UNIT_ROUNDOFF):
-        raise KernelError(f"{where}: expected an object with keys among {', '.join(UNIT_ROUNDOFF)}")
-    keys = ("features_error", "features_norm", "logits_error")
-    return {
-        dtype: RoundingBound(*(_read_float(strict_json.fields(entry, keys, where)[key], where) for key in keys))
-        for dtype, entry in value.items()
-    }
+    keys = tuple(each.name for each in fields(RoundingBound))
+    result: dict[str, RoundingBound] = {}
+    for dtype, entry in strict_json.object_of(value, where).items():
+        if dtype not in UNIT_ROUNDOFF:
+            raise KernelError(f"{where}: unknown dtype {dtype!r}; known: {', '.join(UNIT_ROUNDOFF)}")
+        entry = strict_json.fields(entry, keys, where)
+        result[dtype] = RoundingBound(*(_read_float(entry[key], where) for key in keys))
+    return result
 
 
 def _matrix_json(label: str, norm: NormBound) -> dict[str, Any]:
@@ -174,19 +180,13 @@ def _matrix_json(label: str, norm: NormBound) -> dict[str, Any]:
 def _read_matrices(value: Any) -> dict[str, NormBound]:
     where = f"{FILE_NAME}: matrices"
     result: dict[str, NormBound] = {}
-    for item in value if isinstance(value, list) else [None]:
+    for item in strict_json.list_of(value, where):
         item = strict_json.fields(item, ("label", "bound", "method", "witness"), where)
         if not isinstance(item["label"], str) or not isinstance(item["method"], str) or item["label"] in result:
             raise KernelError(f"{where}: labels and methods must be strings, and no label may stand twice")
         witness = None if item["witness"] is None else _read_float(item["witness"], where)
         result[item["label"]] = NormBound(_read_float(item["bound"], where), item["method"], witness)
     return result
-
-
-def _read_strings(value: Any, key: str) -> dict[str, str]:
-    if not isinstance(value, dict) or any(not isinstance(v, str) for v in value.values()):
-        raise KernelError(f"{FILE_NAME}: {key} must map names to strings")
-    return value
 
 
 def _read_float(value: Any, where: str) -> float:

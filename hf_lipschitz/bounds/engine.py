@@ -1,22 +1,23 @@
 """The two readings of a bound program, and the rounding error of its floating-point execution.
 
-*Bounded*: ``bound_program`` walks the nodes with the stored weights and returns a proved Lipschitz bound of each output.
-*Executed*: ``evaluate_program`` computes the function in float64. ``rounding_error`` bounds how far a forward pass in a
-floating-point dtype strays from it. Everything unknown is an error that names the node, never a default.
+*Bounded*: ``bound_program`` walks the nodes with the stored weights and returns a proved Lipschitz bound of each
+output. *Executed*: ``evaluate_program`` computes the function in float64. ``rounding_error`` bounds how far a forward
+pass in a floating-point dtype strays from it. Everything unknown is an error that names the node, never a default.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 
 from .errors import KernelError
-from .expression import enclose
 from .program import Node, Program
 from .rounding import UNIT_ROUNDOFF, Array, add_up, mul_up, sqrt_up
-from .rule import GEOMETRIES, Call, Geometry, NodeBound, NormTable, Rule, Shape, Size, finite, tightened
+from .rule import GEOMETRIES, Call, Geometry, NodeBound, NormTable, Rule, Shape, Size, tightened
+from .rules.scalars import enclose
 
 # The one kind of stored tensor that an evaluation forward never reads: counters of normalisation layers.
 UNREAD_SUFFIXES = ("num_batches_tracked",)
@@ -76,7 +77,7 @@ def bound_program(
     bounds: list[NodeBound] = []
     shapes: list[Shape] = []
     for index, node in enumerate(program.nodes):
-        with _Place(index, node):
+        with _place(index, node):
             rule, call = _prepare(node, weights, rules, shapes, norms)
             incoming = [bounds[i] for i in node.inputs]
             shape = rule.shape(call)
@@ -96,9 +97,9 @@ def evaluate_program(
     """Execute the program in float64 on a batch of inputs; returns ``{"features": ..., "logits": ...}``."""
     check_coverage(program, weights)
     check_origin(program, rules)
-    norms, values, shapes = NormTable(), [], []
+    norms, values, shapes = NormTable(), list[Array](), list[Shape]()
     for index, node in enumerate(program.nodes):
-        with _Place(index, node):
+        with _place(index, node):
             rule, call = _prepare(node, weights, rules, shapes, norms)
             shape = rule.shape(call)
             arguments = (np.asarray(inputs, dtype=np.float64),) if rule.arity == 0 else [values[i] for i in node.inputs]
@@ -115,9 +116,10 @@ def rounding_error(
 ) -> RoundingBound:
     """Bound the distance between the exact outputs and those of a forward pass in ``dtype``, over the whole domain.
 
-    Each node turns the errors of its inputs into at most ``lipschitz(errors)`` and adds its own local error, taken at the
-    *computed* inputs, whose size is at most the exact size plus the error so far. Weights are used as stored, so they must
-    be exact in ``dtype``; products in TF32, Winograd or FFT convolutions and reduced-precision sums are not covered.
+    Each node turns the errors of its inputs into at most ``lipschitz(errors)`` and adds its own local error, taken at
+    the *computed* inputs, whose size is at most the exact size plus the error so far. Weights are used as stored, so
+    they must be exact in ``dtype``; products in TF32, Winograd or FFT convolutions and reduced-precision sums are not
+    covered.
 
     Source: ``||x^_L - f(x)|| <= sum_l Lip(f_L o ... o f_{l+1}) ||delta_l(x^_{l-1})||`` (telescoping sum).
     """
@@ -125,7 +127,7 @@ def rounding_error(
     tiny = 2.0**-900 if dtype == "float64" else 2.0**-100  # covers underflow of every operation of one output entry
     errors: list[float] = []
     for index, node in enumerate(program.nodes):
-        with _Place(index, node):
+        with _place(index, node):
             rule, call = _prepare(node, weights, rules, list(bound.shapes), bound.norms, roundoff)
             if rule.arity == 0:
                 errors.append(0.0)
@@ -149,7 +151,9 @@ def check_origin(program: Program, rules: Mapping[str, Rule]) -> None:
 
 
 def check_coverage(program: Program, weights: Mapping[str, Array]) -> None:
-    """Refuse tensors that the program reads but the file lacks, and tensors of the file that the program never reads."""
+    """Refuse tensors that the program reads but the file lacks, and tensors of the file that the program never
+    reads.
+    """
     needed = program.tensor_names()
     for name in sorted(needed - set(weights)):
         raise KernelError(f"tensor {name!r} is read by the program but missing from the weights")
@@ -180,10 +184,11 @@ def _prepare(
     _same_names("scalar", node.scalars, dict.fromkeys(rule.scalars), frozenset())
     tensors = {slot: _tensor(weights, name, rule.tensors[slot]) for slot, name in node.tensors.items()}
     scalars = {slot: enclose(expression, weights) for slot, expression in node.scalars.items()}
-    deviations = {}
+    deviations: dict[str, float] = {}
     for slot, exact in scalars.items():
         forward = enclose(node.scalars[slot], weights, roundoff) if roundoff else exact
-        deviations[slot] = float(np.max(np.maximum(forward.high - exact.low, exact.high - forward.low))) * (1.0 + 2.0**-50)
+        farthest = np.maximum(forward.high - exact.low, exact.high - forward.low)
+        deviations[slot] = float(np.max(farthest)) * (1.0 + 2.0**-50)
     inputs = tuple(shapes[i] for i in node.inputs)
     return rule, Call(node.attrs, inputs, tensors, node.tensors, scalars, norms, deviations)
 
@@ -191,16 +196,15 @@ def _prepare(
 def _tensor(weights: Mapping[str, Array], name: str, dimensions: int) -> Array:
     array = weights[name]
     if array.ndim != dimensions or array.dtype.kind != "f" or array.size == 0:
-        raise KernelError(f"tensor {name!r} is {array.dtype} of shape {array.shape}; expected {dimensions} float dimensions")
-    try:
-        return finite(array.astype(np.float64))
-    except KernelError as error:
-        raise KernelError(f"tensor {name!r}: {error}") from None
+        raise KernelError(
+            f"tensor {name!r} is {array.dtype} of shape {array.shape}; expected {dimensions} float dimensions"
+        )
+    if not np.all(np.isfinite(array)):
+        raise KernelError(f"tensor {name!r} contains NaN or infinite entries")
+    return array.astype(np.float64)
 
 
-def _same_names(
-    kind: str, given: Mapping[str, object], known: Mapping[str, object], optional: frozenset[str]
-) -> None:
+def _same_names(kind: str, given: Mapping[str, object], known: Mapping[str, object], optional: frozenset[str]) -> None:
     for name in given:
         if name not in known:
             raise KernelError(f"unknown {kind} {name!r}; known: {', '.join(known) or 'none'}")
@@ -209,15 +213,10 @@ def _same_names(
             raise KernelError(f"the {kind} {name!r} is missing")
 
 
-class _Place:
-    """Prefixes errors of the kernel with the node they came from."""
-
-    def __init__(self, index: int, node: Node) -> None:
-        self._text = f"node {index} ({node.op})"
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, KernelError):
-            raise KernelError(f"{self._text}: {error}") from None
+@contextmanager
+def _place(index: int, node: Node) -> Generator[None]:
+    """Prefix errors of the kernel with the node they came from."""
+    try:
+        yield
+    except KernelError as error:
+        raise KernelError(f"node {index} ({node.op}): {error}") from None

@@ -1,8 +1,9 @@
 """The bound program: a straight-line description of the function that a model computes.
 
-A program is a list of nodes in topological order and the indices of its outputs. Its canonical form is the order in which
-a depth-first walk from the outputs (features, then logits) first finishes each node; two programs describe the same
-computation if and only if their canonical JSON is equal. Node ids do not exist: an input is an index into the list.
+A program is a list of nodes in topological order and the indices of its outputs. Its canonical form is the order in
+which a depth-first walk from the outputs (features, then logits) first finishes each node; two programs describe the
+same computation if and only if their canonical JSON is equal. Node ids do not exist: an input is an index into the
+list.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 from . import strict_json
 from .errors import KernelError
-from .expression import check_expression, expression_tensors
+from .rules.scalars import check_expression, expression_tensors
 
 MAX_NODES = 20_000
 OUTPUTS = ("features", "logits")
@@ -29,14 +30,14 @@ class Node:
         inputs: indices of earlier nodes.
         attrs: constants of class and config (JSON values), by name.
         tensors: slot of the operation -> name of a stored tensor.
-        scalars: slot of the operation -> scalar expression (see expression.py).
+        scalars: slot of the operation -> scalar expression (see rules/scalars.py).
     """
 
     op: str
     inputs: tuple[int, ...] = ()
-    attrs: Mapping[str, Any] = field(default_factory=dict)
-    tensors: Mapping[str, str] = field(default_factory=dict)
-    scalars: Mapping[str, Any] = field(default_factory=dict)
+    attrs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    tensors: Mapping[str, str] = field(default_factory=dict[str, str])
+    scalars: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def tensor_names(self) -> Iterator[str]:
         """Every stored tensor that the node reads, in slots or in expressions."""
@@ -71,17 +72,16 @@ class Program:
         """Read a program strictly.
 
         Raises:
-            KernelError: unknown or missing keys, wrong types, an input that is not an earlier node, an unreachable node, or
-                nodes that do not stand in canonical order.
+            KernelError: unknown or missing keys, wrong types, an input that is not an earlier node, an unreachable
+                node, or nodes that do not stand in canonical order.
         """
         value = strict_json.fields(value, ("nodes", "outputs"), where)
-        if not isinstance(value["nodes"], list) or not 0 < len(value["nodes"]) <= MAX_NODES:
-            raise KernelError(f"{where}: 'nodes' must be a list of 1 to {MAX_NODES} nodes")
-        nodes = tuple(_read_node(item, index, where) for index, item in enumerate(value["nodes"]))
+        items = strict_json.list_of(value["nodes"], f"{where}: nodes")
+        if not 0 < len(items) <= MAX_NODES:
+            raise KernelError(f"{where}: a program has 1 to {MAX_NODES} nodes, not {len(items)}")
+        nodes = tuple(_read_node(item, index, where) for index, item in enumerate(items))
         outputs = strict_json.fields(value["outputs"], OUTPUTS, f"{where}: outputs")
-        for name, index in outputs.items():
-            if type(index) is not int or not 0 <= index < len(nodes):
-                raise KernelError(f"{where}: output {name!r} names node {index!r} of {len(nodes)}")
+        strict_json.integers_of(list(outputs.values()), f"{where}: outputs", 0, len(nodes) - 1)
         program = cls(nodes, {name: outputs[name] for name in OUTPUTS})
         if program.canonical() != program:
             raise KernelError(f"{where}: the nodes do not stand in canonical order, or some lead to no output")
@@ -118,18 +118,14 @@ class Program:
 def _read_node(item: Any, index: int, where: str) -> Node:
     here = f"{where}: node {index}"
     item = strict_json.fields(item, _NODE_KEYS, here)
-    if not isinstance(item["op"], str):
+    op = item["op"]
+    if not isinstance(op, str):
         raise KernelError(f"{here}: 'op' must be a string")
-    here = f"{here} ({item['op']})"
-    inputs = item["inputs"]
-    if not isinstance(inputs, list) or any(type(i) is not int or not 0 <= i < index for i in inputs):
-        raise KernelError(f"{here}: inputs must be a list of indices below {index}, got {inputs!r}")
-    for key in ("attrs", "scalars", "tensors"):
-        if not isinstance(item[key], dict):
-            raise KernelError(f"{here}: {key!r} must be an object")
-    for slot, name in item["tensors"].items():
-        if not isinstance(name, str):
-            raise KernelError(f"{here}: tensor slot {slot!r} must hold a name")
-    for slot, expression in item["scalars"].items():
+    here = f"{here} ({op})"
+    inputs = strict_json.integers_of(item["inputs"], f"{here}: inputs", 0, index - 1)
+    attrs = strict_json.object_of(item["attrs"], f"{here}: attrs")
+    tensors = strict_json.strings_of(item["tensors"], f"{here}: tensors")
+    scalars = strict_json.object_of(item["scalars"], f"{here}: scalars")
+    for slot, expression in scalars.items():
         check_expression(expression, f"{here}: scalar {slot!r}")
-    return Node(item["op"], tuple(inputs), item["attrs"], item["tensors"], item["scalars"])
+    return Node(op, tuple(inputs), attrs, tensors, scalars)

@@ -1,9 +1,9 @@
 """Outward-rounded arithmetic: floats rounded up or down, and elementwise enclosures of real numbers.
 
-IEEE 754 rounds ``+ - * / sqrt`` correctly, so the neighbour of one rounded result, in the direction wanted, encloses the
-exact one; this holds for one operation, never for a whole sum, which is why sums here round at every term. ``exp`` and
-``log`` of a C library carry no such guarantee: they are taken from :mod:`decimal`, whose results are correctly rounded to
-the context's 40 digits (General Decimal Arithmetic Specification, 1.70), and enclosed outward from there.
+IEEE 754 rounds ``+ - * / sqrt`` correctly, so the neighbour of one rounded result, in the direction wanted, encloses
+the exact one; this holds for one operation, never for a whole sum, which is why sums here round at every term. ``exp``
+and ``log`` of a C library carry no such guarantee: they are taken from :mod:`decimal`, whose results are correctly
+rounded to the context's 40 digits (General Decimal Arithmetic Specification, 1.70), and enclosed outward from there.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def gamma(count: int, roundoff: float = U) -> float:
 def array_norm_up(values: Array) -> float:
     """An upper bound of the Euclidean norm of all entries of a finite float array.
 
-    The computed sum of n squares has relative error at most gamma_n; 1 + 2 gamma_{n+2} covers it, the square root and the
-    product. Entries are scaled by a power of two first, so that no square over- or underflows unnoticed.
+    The computed sum of n squares has relative error at most gamma_n; 1 + 2 gamma_{n+2} covers it, the square root and
+    the product. Entries are scaled by a power of two first, so that no square over- or underflows unnoticed.
     """
     flat = np.asarray(values, dtype=np.float64).ravel()
     largest = float(np.max(np.abs(flat), initial=0.0))
@@ -202,7 +202,7 @@ def _decimal_softplus(x: decimal.Decimal) -> decimal.Decimal:
     """log(1 + e^x): below -30, e^x - e^2x/2 is within a relative e^2x/3 < 1e-26 of it."""
     power = x.exp(_DIGITS)
     if x < -30:
-        return _DIGITS.multiply(power, _DIGITS.add(1, _DIGITS.multiply(power, decimal.Decimal(-0.5))))
+        return _DIGITS.multiply(power, _DIGITS.add(1, _DIGITS.multiply(power, decimal.Decimal("-0.5"))))
     return _DIGITS.add(power, 1).ln(_DIGITS)
 
 

@@ -1,18 +1,15 @@
 """What a rule is: one operation's meaning and bound side by side, and the call a rule is asked about.
 
-Values of a program are arrays with a leading batch axis; a *sample shape* is the rest: ``(C, H, W)`` an image (a token is a
-pixel, C channels wide), ``(N, d)`` a sequence of N tokens, ``(d,)`` one token. Geometries: ``l2`` is the Euclidean norm of
-all entries together, ``token_max`` the largest Euclidean norm of one token.
+Values of a program are arrays with a leading batch axis; a *sample shape* is the rest: ``(C, H, W)`` an image (a token
+is a pixel, C channels wide), ``(N, d)`` a sequence of N tokens, ``(d,)`` one token. Geometries: ``l2`` is the Euclidean
+norm of all entries together, ``token_max`` the largest Euclidean norm of one token.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
-
-import numpy as np
 
 from .errors import KernelError
 from .rounding import Array, Enclosure, add_up, mul_up, sqrt_up
@@ -71,8 +68,8 @@ class NormTable:
 class Call:
     """One node with everything that a rule may look at.
 
-    ``tensors`` holds stored arrays by slot (upcast to float64), ``names`` their names, ``scalars`` enclosures of real values,
-    ``shapes`` the sample shapes of the inputs.
+    ``tensors`` holds stored arrays by slot (upcast to float64), ``names`` their names, ``scalars`` enclosures of real
+    values, ``shapes`` the sample shapes of the inputs.
     """
 
     attrs: Mapping[str, Any]
@@ -102,8 +99,8 @@ class Call:
 class Rule:
     """One operation. Subclasses state meaning (``shape``, ``apply``), bound (``gains``, ``size``) and ``rounding``.
 
-    Class attributes: ``op`` the versioned name, ``source`` the theorem or proof, ``arity``, ``attrs`` name -> check of the
-    JSON value, ``tensors`` slot -> number of dimensions (``optional`` slots may be absent), ``scalars`` slots.
+    Class attributes: ``op`` the versioned name, ``source`` the theorem or proof, ``arity``, ``attrs`` name -> check of
+    the JSON value, ``tensors`` slot -> number of dimensions (``optional`` slots may be absent), ``scalars`` slots.
     """
 
     op: ClassVar[str] = ""
@@ -142,55 +139,12 @@ class Rule:
         return Size(add_up(token, zero.token), add_up(total, zero.total))
 
     def rounding(self, call: Call, roundoff: float, incoming: tuple[Size, ...]) -> float:
-        """Bound the l2 error of this operation alone in a floating-point dtype, at inputs of the given (computed) sizes."""
+        """Bound the l2 error of this operation alone in a floating-point dtype, at inputs of the given (computed)
+        sizes.
+        """
         raise KernelError(f"rule {self.op} has no rounding bound")
 
 
 def tightened(size: Size, shape: Shape) -> Size:
     """Use token <= total <= sqrt(N) token to sharpen either bound by the other."""
     return Size(min(size.token, size.total), min(size.total, mul_up(sqrt_up(float(tokens_of(shape))), size.token)))
-
-
-def extended(table: Mapping[str, Rule], rules: tuple[Rule, ...]) -> dict[str, Rule]:
-    """A rule table with third-party rules added; names must be ``distribution::operation@version`` and not taken."""
-    result = dict(table)
-    for rule in rules:
-        if "::" not in rule.op or "@" not in rule.op:
-            raise KernelError(f"rule {rule.op!r}: a third-party rule is named 'distribution::operation@version'")
-        if rule.op in result:
-            raise KernelError(f"rule {rule.op!r} is already defined: choose another name or version")
-        result[rule.op] = rule
-    return result
-
-
-def integer(least: int, most: int = 2**31) -> Check:
-    """Check for an integer attribute in a range."""
-    return lambda value: type(value) is int and least <= value <= most
-
-
-def number(least: float = -math.inf, most: float = math.inf) -> Check:
-    """Check for a finite number in a range."""
-    return lambda value: type(value) in (int, float) and math.isfinite(value) and least <= value <= most
-
-
-def list_of(item: Check) -> Check:
-    """Check for a non-empty list whose items pass ``item``."""
-    return lambda value: isinstance(value, list) and 0 < len(value) <= 65536 and all(item(v) for v in value)
-
-
-def one_of(*choices: Any) -> Check:
-    """Check for one of a few values of the same type."""
-    return lambda value: any(type(value) is type(choice) and value == choice for choice in choices)
-
-
-def need(condition: bool, message: str) -> None:
-    """Raise KernelError with ``message`` unless ``condition`` holds."""
-    if not condition:
-        raise KernelError(message)
-
-
-def finite(array: Array) -> Array:
-    """The array, if all entries are finite."""
-    if not np.all(np.isfinite(array)):
-        raise KernelError("a tensor contains NaN or infinite entries")
-    return array

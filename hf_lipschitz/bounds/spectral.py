@@ -1,16 +1,16 @@
 """Verified upper bounds of spectral norms: ``spectral_norm_upper``.
 
-The "any L" form. For every real k x k matrix L, ``sigma_max(A)^2 = lambda_max(A A^T) <= lambda_max(A A^T + L L^T)``. With
-G = fl(A A^T), H = fl(L L^T), D = fl(fl(G + H) - mu I): the dot-product error model, valid for every order of summation and
-for fused multiply-add, gives |G - A A^T| <= gamma_K |A||A|^T and |H - L L^T| <= gamma_k |L||L|^T, and S = G + H satisfies
-S - mu I = D + Delta with |Delta_ij| <= u |D_ij| off the diagonal, |Delta_ii| <= 2u(1+u)|D_ii| + u mu. So whatever L, mu, the
-Cholesky and the eigenvalue routines are,
+The "any L" form. For every real k x k matrix L, ``sigma_max(A)^2 = lambda_max(A A^T) <= lambda_max(A A^T + L L^T)``.
+With G = fl(A A^T), H = fl(L L^T), D = fl(fl(G + H) - mu I): the dot-product error model, valid for every order of
+summation and for fused multiply-add, gives |G - A A^T| <= gamma_K |A||A|^T and |H - L L^T| <= gamma_k |L||L|^T, and S
+= G + H satisfies S - mu I = D + Delta with |Delta_ij| <= u |D_ij| off the diagonal, |Delta_ii| <= 2u(1+u)|D_ii| + u
+mu. So whatever L, mu, the Cholesky and the eigenvalue routines are,
 
     sigma_max^2 <= [ mu (1+u) + 1.001 ||D||_F + gamma_K F2 + gamma_k l2 ] (1 + 32u),
     F2 = tr(G)/(1 - gamma_{K+k+2}) (1+32u) >= ||A||_F^2,   l2 = tr(H)/(1 - gamma_{2k+2}) (1+32u) >= ||L||_F^2.
 
-1.001 covers the roundings of the Frobenius norm for k < 10^6 and the factor (1 + 2u) of Delta, 1 + 32u the scalar operations.
-Estimates (eigenvalues, a stored witness) only choose mu; they cannot make the result wrong, only larger.
+1.001 covers the roundings of the Frobenius norm for k < 10^6 and the factor (1 + 2u) of Delta, 1 + 32u the scalar
+operations. Estimates (eigenvalues, a stored witness) only choose mu; they cannot make the result wrong, only larger.
 
 Near-orthogonal matrices need no factorisation: with D = fl(G - c I) for any c >= 0,
 ``sigma_max^2 <= [c (1+u) + 1.001 ||D|| + gamma_K F2](1 + 32u)`` by the same argument with L = 0.
@@ -25,7 +25,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import KernelError
-from .rounding import U, Array, add_up, array_norm_up, div_up, down, gamma, mul_up, sqrt_up, up
+from .rounding import Array, U, add_up, array_norm_up, div_up, down, gamma, mul_up, sqrt_up, up
+from .trust import flushes_to_zero
 
 _SCALARS = 1.0 + 32.0 * U
 _NEAR_ORTHOGONAL = 1e-6  # the factor-free path is taken where it costs less than half of this in sigma
@@ -35,8 +36,8 @@ _NEAR_ORTHOGONAL = 1e-6  # the factor-free path is taken where it costs less tha
 class NormBound:
     """A proved bound ``sigma_max <= value`` of one matrix.
 
-    ``method`` names the path taken, ``witness`` the mu (a number near sigma_max^2) that lets a verifier repeat it without
-    eigenvalues; None where the path needs none.
+    ``method`` names the path taken, ``witness`` the mu (a number near sigma_max^2) that lets a verifier repeat it
+    without eigenvalues; None where the path needs none.
     """
 
     value: float
@@ -81,17 +82,21 @@ def spectral_norms_upper(stack: Array) -> tuple[NormBound, ...]:
 def _checked(matrix: Array) -> Array:
     array = np.asarray(matrix)
     if array.ndim != 2 or array.dtype.kind != "f":
-        raise KernelError(f"a spectral norm needs a real floating-point matrix, got {array.dtype} of shape {array.shape}")
+        raise KernelError(
+            f"a spectral norm needs a real floating-point matrix, got {array.dtype} of shape {array.shape}"
+        )
     a = array.astype(np.float64)
     if not np.all(np.isfinite(a)):
         raise KernelError("a matrix contains NaN or infinite entries: no norm bounds it")
-    if float(np.float64(2.0**-1074) * np.float64(1.0)) == 0.0 or float(np.float32(2.0**-149)) == 0.0:
+    if flushes_to_zero():
         raise KernelError("this process flushes subnormal numbers to zero: switch that mode off to certify")
     return a
 
 
 def _scaled(a: Array) -> tuple[Array, int, float]:
-    """Scale by a power of two iff needed for squares to stay in range; also a bound of what that lost (scaled units)."""
+    """Scale by a power of two iff needed for squares to stay in range; also a bound of what that lost (scaled
+    units).
+    """
     largest = float(np.max(np.abs(a)))
     if 2.0**-200 <= largest <= 2.0**200:
         return a, 0, 0.0

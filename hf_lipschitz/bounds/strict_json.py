@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from .errors import KernelError
 
@@ -56,17 +56,44 @@ def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
     return path.read_bytes()
 
 
-def fields(value: Any, expected: tuple[str, ...], where: str) -> dict[str, Any]:
-    """Check that ``value`` is an object with exactly the expected keys and return it; KernelError names the difference."""
+def object_of(value: Any, where: str) -> dict[str, Any]:
+    """The value, if it is a JSON object; KernelError otherwise."""
     if not isinstance(value, dict):
-        raise KernelError(f"{where}: expected an object with the keys {', '.join(expected)}")
-    for key in value:
+        raise KernelError(f"{where}: expected an object, got {str(value)[:40]!r}")
+    return cast("dict[str, Any]", value)
+
+
+def list_of(value: Any, where: str) -> list[Any]:
+    """The value, if it is a JSON array; KernelError otherwise."""
+    if not isinstance(value, list):
+        raise KernelError(f"{where}: expected a list, got {str(value)[:40]!r}")
+    return cast("list[Any]", value)
+
+
+def strings_of(value: Any, where: str) -> dict[str, str]:
+    """The value, if it is a JSON object of strings; KernelError otherwise."""
+    if any(not isinstance(item, str) for item in object_of(value, where).values()):
+        raise KernelError(f"{where}: every value must be a string")
+    return cast("dict[str, str]", value)
+
+
+def integers_of(value: Any, where: str, least: int, most: int) -> list[int]:
+    """The value, if it is a JSON array of integers in a range; KernelError otherwise."""
+    if any(type(item) is not int or not least <= item <= most for item in list_of(value, where)):
+        raise KernelError(f"{where}: expected integers from {least} to {most}, got {str(value)[:40]}")
+    return cast("list[int]", value)
+
+
+def fields(value: Any, expected: tuple[str, ...], where: str) -> dict[str, Any]:
+    """The value, if it is a JSON object with exactly the expected keys; KernelError names the difference."""
+    found = object_of(value, where)
+    for key in found:
         if key not in expected:
             raise KernelError(f"{where}: unknown key {key!r}; known: {', '.join(expected)}")
     for key in expected:
-        if key not in value:
+        if key not in found:
             raise KernelError(f"{where}: the key {key!r} is missing")
-    return value
+    return found
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -82,15 +109,9 @@ def _no_constants(name: str) -> Any:
     raise KernelError(f"{name} is not a JSON number")
 
 
-def _check_depth(value: Any, where: str) -> None:
-    level, depth = [value], 0
-    while level:
-        depth += 1
-        if depth > MAX_DEPTH:
-            raise KernelError(f"{where}: nested deeper than {MAX_DEPTH} levels")
-        level = [
-            child
-            for item in level
-            if isinstance(item, dict | list)
-            for child in (item.values() if isinstance(item, dict) else item)
-        ]
+def _check_depth(value: Any, where: str, depth: int = 1) -> None:
+    if depth > MAX_DEPTH:
+        raise KernelError(f"{where}: nested deeper than {MAX_DEPTH} levels")
+    children = cast("dict[str, Any]", value).values() if isinstance(value, dict) else value
+    for child in cast("list[Any]", children) if isinstance(value, dict | list) else ():
+        _check_depth(child, where, depth + 1)

@@ -21,7 +21,16 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 16 * 2**20
 MAX_FILE = 2**38
-_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U8": "|u1", "BOOL": "|b1"}
+_DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "BF16": "<u2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "U8": "|u1",
+    "BOOL": "|b1",
+}
 
 
 class Weights(dict[str, Array]):
@@ -44,12 +53,12 @@ def read_weights(folder: Path) -> Weights:
         _read_file(folder, SINGLE, weights)
         return weights
     if not (folder / INDEX).exists():
-        raise KernelError(f"no {SINGLE} and no {INDEX} in {folder.name or folder}: save the model with safetensors first")
+        raise KernelError(
+            f"no {SINGLE} and no {INDEX} in {folder.name or folder}: save the model with safetensors first"
+        )
     data = strict_json.read_bytes(folder / INDEX)
-    index = strict_json.parse(data, INDEX)
-    shard_of = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(shard_of, dict) or not shard_of or any(not isinstance(v, str) for v in shard_of.values()):
-        raise KernelError(f"{INDEX}: 'weight_map' must map tensor names to shard files")
+    index = strict_json.object_of(strict_json.parse(data, INDEX), INDEX)
+    shard_of = strict_json.strings_of(index.get("weight_map"), f"{INDEX}: weight_map")
     weights.digests[INDEX] = strict_json.sha256(data)
     for shard in sorted(set(shard_of.values())):
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
@@ -66,11 +75,14 @@ def _read_file(folder: Path, file_name: str, weights: Weights) -> list[str]:
     data = strict_json.read_bytes(folder / file_name, MAX_FILE)
     weights.digests[file_name] = strict_json.sha256(data)
     header, start = _read_header(data, file_name)
-    names, expected = [], 0
+    names: list[str] = []
+    expected = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
         if begin != expected or end > len(data) - start:
-            raise KernelError(f"{file_name}: tensor {name!r} leaves a hole, overlaps or reaches beyond the file (truncated?)")
+            raise KernelError(
+                f"{file_name}: tensor {name!r} leaves a hole, overlaps or reaches beyond the file (truncated?)"
+            )
         if name in weights:
             raise KernelError(f"{file_name}: tensor {name!r} is stored twice")
         array = np.frombuffer(data, _DTYPES[entry["dtype"]], math.prod(entry["shape"]), start + begin)
@@ -90,12 +102,9 @@ def _read_header(data: bytes, file_name: str) -> tuple[dict[str, Any], int]:
     length = int.from_bytes(data[:8], "little")
     if length > min(MAX_HEADER, len(data) - 8):
         raise KernelError(f"{file_name}: a header of {length} bytes does not fit (truncated or not a safetensors file)")
-    header = strict_json.parse(data[8 : 8 + length], f"{file_name}: header")
-    if not isinstance(header, dict):
-        raise KernelError(f"{file_name}: the header is not an object")
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or any(not isinstance(v, str) for v in metadata.values()):
-        raise KernelError(f"{file_name}: __metadata__ must map names to strings")
+    where = f"{file_name}: header"
+    header = strict_json.object_of(strict_json.parse(data[8 : 8 + length], where), where)
+    strict_json.strings_of(header.pop("__metadata__", {}), f"{file_name}: __metadata__")
     for name, entry in header.items():
         _check_entry(entry, f"{file_name}: tensor {name!r}")
     return header, 8 + length
@@ -105,11 +114,10 @@ def _check_entry(entry: Any, where: str) -> None:
     entry = strict_json.fields(entry, ("dtype", "shape", "data_offsets"), where)
     if entry["dtype"] not in _DTYPES:
         raise KernelError(f"{where}: dtype {entry['dtype']!r} is not supported; known: {', '.join(_DTYPES)}")
-    for key in ("shape", "data_offsets"):
-        if not isinstance(entry[key], list) or any(type(v) is not int or v < 0 or v > MAX_FILE for v in entry[key]):
-            raise KernelError(f"{where}: {key!r} must be a list of non-negative integers")
-    if len(entry["data_offsets"]) != 2 or len(entry["shape"]) > 8:
+    shape = strict_json.integers_of(entry["shape"], f"{where}: shape", 0, MAX_FILE)
+    offsets = strict_json.integers_of(entry["data_offsets"], f"{where}: data_offsets", 0, MAX_FILE)
+    if len(offsets) != 2 or len(shape) > 8:
         raise KernelError(f"{where}: needs two data offsets and at most 8 dimensions")
-    size = math.prod(entry["shape"]) * np.dtype(_DTYPES[entry["dtype"]]).itemsize
-    if entry["data_offsets"][1] - entry["data_offsets"][0] != size:
-        raise KernelError(f"{where}: {entry['data_offsets']} do not span the {size} bytes of its shape")
+    size = math.prod(shape) * np.dtype(_DTYPES[entry["dtype"]]).itemsize
+    if offsets[1] - offsets[0] != size:
+        raise KernelError(f"{where}: the offsets {offsets} do not span the {size} bytes of its shape")

@@ -184,8 +184,8 @@ def _ascend(function: Function, points: Tensor, steps_to: Tensor, geometry: _Geo
         best_gap = torch.where(expand(better, points), displacement.detach(), best_gap)
         ratio.sum().backward(inputs=[base, gap])
         for part in (base, gap):
-            assert part.grad is not None
-            part.grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+            if part.grad is not None:  # None where the function is constant
+                part.grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
         optimizer.step()
     return best_point, best_gap
 

@@ -42,8 +42,8 @@ class CertifiedModel(PreTrainedModel):
     def certificate(self) -> Certificate | None:
         """The certificate of exactly the weights in memory, or None with an ``UncertifiedWarning`` that says why.
 
-        Every stored tensor is compared, bit for bit, with the file that the certificate covers, so a cast, quantised, resized,
-        merged or further trained model has none. Costs one reading of the weight files.
+        Every stored tensor is compared, bit for bit, with the file that the certificate covers, so a cast, quantised,
+        resized, merged or further trained model has none. Costs one reading of the weight files.
         """
         try:
             return self._checked_certificate()
@@ -60,20 +60,28 @@ class CertifiedModel(PreTrainedModel):
             raise KernelError(f"the certificate in {self._certified_folder.name} is of other weight files")
         state = self.state_dict()
         if set(state) != set(stored):
-            raise KernelError(f"its tensors are not those of the certified file: {sorted(set(state) ^ set(stored))[:3]}")
+            raise KernelError(
+                f"its tensors are not those of the certified file: {sorted(set(state) ^ set(stored))[:3]}"
+            )
         for name, tensor in state.items():
             if _stored_dtype(tensor) != stored.dtypes[name]:
-                raise KernelError(f"tensor {name!r} is {tensor.dtype}, certified as {stored.dtypes[name]}: certify the cast copy")
+                raise KernelError(
+                    f"tensor {name!r} is {tensor.dtype}, certified as {stored.dtypes[name]}: certify the cast copy"
+                )
             # stored arrays lie in read-only memory: copied, since torch would warn
-            if tensor.shape != stored[name].shape or not torch.equal(tensor.cpu().float(), torch.from_numpy(stored[name].copy()).float()):
-                raise KernelError(f"tensor {name!r} has changed since it was certified: save the model to certify it anew")
+            if tensor.shape != stored[name].shape or not torch.equal(
+                tensor.cpu().float(), torch.from_numpy(stored[name].copy()).float()
+            ):
+                raise KernelError(
+                    f"tensor {name!r} has changed since it was certified: save the model to certify it anew"
+                )
         return certificate
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As in transformers; also writes the thin remote-code file and the certificate of the tensors just written.
 
-        Where the weights cannot be certified (NaN, foreign tensors, a process that only takes part in a distributed save) the
-        folder gets no certificate, a stale one is removed, and an ``UncertifiedWarning`` says why.
+        Where the weights cannot be certified (NaN, foreign tensors, a process that only takes part in a distributed
+        save) the folder gets no certificate, a stale one is removed, and an ``UncertifiedWarning`` says why.
         """
         folder, main = Path(save_directory), kwargs.get("is_main_process", args[0] if args else True)
         self.config.auto_map = dict(AUTO_MAP)
@@ -103,15 +111,24 @@ class CertifiedModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
         """As in transformers; remembers the certificate of the folder or repository, or warns why it does not apply."""
         wants_info = kwargs.pop("output_loading_info", False)
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        loaded: Any = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        model, info = loaded
         hub = {k: kwargs[k] for k in ("cache_dir", "revision", "token", "local_files_only", "subfolder") if k in kwargs}
         model._remember(pretrained_model_name_or_path, info, hub)
         return (model, info) if wants_info else model
 
     def _remember(self, source: Any, info: dict[str, Any], hub: dict[str, Any]) -> None:
-        path = cached_file(source, FILE_NAME, **hub, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False) if source is not None else None
+        path = (
+            cached_file(
+                source,
+                FILE_NAME,
+                **hub,
+                _raise_exceptions_for_missing_entries=False,
+                _raise_exceptions_for_connection_errors=False,
+            )
+            if source is not None
+            else None
+        )
         if path is None:
             return
         changed = [key for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info.get(key)]
@@ -123,15 +140,27 @@ class CertifiedModel(PreTrainedModel):
             self._certified_folder = Path(path).parent
             self._uncertified_reason = ""
             return
-        warnings.warn(f"the certificate of {source} does not cover this model: {self._uncertified_reason}", UncertifiedWarning, stacklevel=3)
+        warnings.warn(
+            f"the certificate of {source} does not cover this model: {self._uncertified_reason}",
+            UncertifiedWarning,
+            stacklevel=3,
+        )
 
 
 def _stored_dtype(tensor: torch.Tensor) -> str:
-    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64"}
+    names = {
+        torch.float64: "F64",
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.int64: "I64",
+    }
     return names.get(tensor.dtype, str(tensor.dtype))
 
 
 def _remove_stale_index(folder: Path) -> None:
-    """transformers leaves the index of an earlier sharded save beside a new single file, where it would mislead readers."""
+    """transformers leaves the index of an earlier sharded save beside a new single file, where it would mislead
+    readers.
+    """
     if (folder / "model.safetensors").exists():
         (folder / "model.safetensors.index.json").unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """Gradient-norm-preserving activations: they sort or reflect channels, so nothing is lost to the bound.
 
-``slope_class`` says which quadratic constraints hold ("perm" for sorting, "pm1" for slopes +-1): layers that need slopes in
-[0, 1] must refuse these.
+``slope_class`` says which quadratic constraints hold ("perm" for sorting, "pm1" for slopes +-1): layers that need
+slopes in [0, 1] must refuse these.
 """
 
 from __future__ import annotations

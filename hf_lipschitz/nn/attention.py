@@ -18,9 +18,10 @@ class BoundedAttention(nn.Module):
     """``(1 - a) x + a W_o Att(x) / L``: (B, N, d) -> (B, N, d), at most 1-Lipschitz in ``l2`` when the weights are.
 
     Every head projects its queries and keys on the unit ball and its values on a ball of learned radius r_h; scores are
-    tau_h <q, k>. ``L = max sqrt(c) + max(tau r) + max(tau r sqrt(c))`` with c_h = N / (1 + (N-1) exp(-2 tau_h)) bounds Att
-    for weights of norm at most one (hf_lipschitz/bounds/rules/attention.py has the derivation); it is differentiable in the
-    learned scalars a = sigmoid(raw), tau = softplus(raw), r = softplus(raw), so training finds the trade-off.
+    tau_h <q, k>. ``L = max sqrt(c) + max(tau r) + max(tau r sqrt(c))`` with c_h = N / (1 + (N-1) exp(-2 tau_h)) bounds
+    Att for weights of norm at most one (hf_lipschitz/bounds/rules/attention.py has the derivation); it is
+    differentiable in the learned scalars a = sigmoid(raw), tau = softplus(raw), r = softplus(raw), so training finds
+    the trade-off.
     """
 
     is_causal = False

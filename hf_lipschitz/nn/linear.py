@@ -33,6 +33,9 @@ class BatchCentering(nn.Module):
     1-Lipschitz. A running mean is kept only for evaluation; ``momentum`` is the weight of the newest batch.
     """
 
+    bias: nn.Parameter
+    running_mean: torch.Tensor
+
     def __init__(self, width: int, momentum: float = 0.1) -> None:
         super().__init__()
         self.momentum = momentum
@@ -53,7 +56,9 @@ class BatchCentering(nn.Module):
         centred = builder.add(
             "offset@1", x, attrs={"axis": "channel", "negative": True}, tensors={"offset": self.running_mean}
         )
-        return builder.add("offset@1", centred, attrs={"axis": "channel", "negative": False}, tensors={"offset": self.bias})
+        return builder.add(
+            "offset@1", centred, attrs={"axis": "channel", "negative": False}, tensors={"offset": self.bias}
+        )
 
 
 class LipschitzMap(nn.Module):

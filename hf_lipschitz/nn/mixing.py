@@ -1,4 +1,6 @@
-"""Token mixers that cost nothing in ``l2``: spatial shifts between orthogonal channel maps, and an orthogonal N x N map."""
+"""Token mixers that cost nothing in ``l2``: spatial shifts between orthogonal channel maps, and an orthogonal N x N
+map.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from hf_lipschitz.nn.module import ProgramBuilder
 
 
 class ShiftMixer(nn.Module):
-    """``R^T shift(R x)``: four groups of ``moved`` channels of R x move by one cell (down, up, right, left), circularly.
+    """``R^T shift(R x)``: four groups of ``moved`` channels of R x move circularly by one cell (down, up, right, left).
 
     (B, H W, d) -> (B, H W, d). With orthogonal R it is an isometry in ``l2``; its constant is sigma_max(R)^2 at most.
     """
@@ -32,7 +34,9 @@ class ShiftMixer(nn.Module):
 
 
 def shift(x: torch.Tensor, grid: tuple[int, int], moved: int) -> torch.Tensor:
-    """Circular shifts of channel groups on a grid: (B, H W, d) -> (B, H W, d), the last d - 4 moved channels unmoved."""
+    """Circular shifts of channel groups on a grid: (B, H W, d) -> (B, H W, d), the last d - 4 moved channels
+    unmoved.
+    """
     x_BHWD = x.unflatten(1, grid)
     parts = [
         torch.roll(x_BHWD[..., i * moved : (i + 1) * moved], step, dim)
@@ -42,7 +46,9 @@ def shift(x: torch.Tensor, grid: tuple[int, int], moved: int) -> torch.Tensor:
 
 
 class TokenMixing(nn.Module):
-    """``U x`` with a learned N x N matrix U over the tokens: (B, N, d) -> (B, N, d); constant sigma_max(U) in ``l2``."""
+    """``U x`` with a learned N x N matrix U over the tokens: (B, N, d) -> (B, N, d); constant sigma_max(U) in
+    ``l2``.
+    """
 
     def __init__(self, tokens: int) -> None:
         super().__init__()

@@ -59,7 +59,8 @@ class ProgramBuilder:
         """Append the nodes of a child module.
 
         Raises:
-            UnknownModuleError: the module's class does not define both ``forward`` and ``bound_nodes`` itself. A subclass
+            UnknownModuleError: the module's class does not define both ``forward`` and ``bound_nodes`` itself. A
+            subclass
                 with another forward must state its own nodes: it gets none by inheritance.
         """
         kind = type(module)
@@ -67,7 +68,9 @@ class ProgramBuilder:
         if not isinstance(module, LipschitzModule):
             raise UnknownModuleError(f"{where} does not say what it computes: give its class a bound_nodes method")
         if _definer(kind, "forward") is not _definer(kind, "bound_nodes") or "forward" in vars(module):
-            raise UnknownModuleError(f"{where} overrides forward without stating its own bound_nodes: add them beside it")
+            raise UnknownModuleError(
+                f"{where} overrides forward without stating its own bound_nodes: add them beside it"
+            )
         return module.bound_nodes(self, x)
 
     def program(self, *, features: int, logits: int) -> Program:

@@ -257,7 +257,7 @@ def _check_group(group: Mapping[str, Any], role: str) -> None:
     for key in _ROLE_KEYS[role]:
         if key in ranges and not 0.0 <= group[key] < ranges[key]:
             raise UserError(
-                f"SpectralMuon: {key} of a {role} group must be in [0, {ranges[key]:g}), not {group[key]!r}"
+                f"SpectralMuon: {key} of the role {role!r} must be in [0, {ranges[key]:g}), not {group[key]!r}"
             )
     if role == "matrix":
         schedule(group["steps"])

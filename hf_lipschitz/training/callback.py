@@ -1,4 +1,6 @@
-"""``LipschitzCallback``: after every optimizer step of a Trainer the constraint holds, and every checkpoint is certified."""
+"""``LipschitzCallback``: after every optimizer step of a Trainer the constraint holds, and every checkpoint is
+certified.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,13 @@ EXCESS_KEY = "cap_excess_max"
 class LipschitzCallback(TrainerCallback):
     """Keep every constrained parameter within its cap after every real optimizer step, with any optimizer.
 
-    The caps run in the optimizer's own post-step hook, so gradient accumulation, autocast and steps that a GradScaler skips
-    are right. Log lines gain ``lipschitz_bound`` (proved bound to the logits of the weights at that moment) and
+    The caps run in the optimizer's own post-step hook, so gradient accumulation, autocast and steps that a GradScaler
+    skips are right. Log lines gain ``lipschitz_bound`` (proved bound to the logits of the weights at that moment) and
     ``cap_excess_max`` (largest proved excess of a norm over its cap, relative; at most 0 where the constraint holds).
 
     Args:
-        constraint: rules as in ``config.constraints``; None takes those of the model, which are those of the checkpoint it
-            was loaded from.
+        constraint: rules as in ``config.constraints``; None takes those of the model, which are those of the
+            checkpoint it was loaded from.
         log_bound: whether log lines carry the two figures (they cost float64 norms of all matrices).
     """
 
@@ -46,11 +48,13 @@ class LipschitzCallback(TrainerCallback):
         """Refuse ``hub_always_push``, under which a commit can pair new weights with an old certificate."""
         if args.push_to_hub and args.hub_always_push:
             raise UserError(
-                "hub_always_push=True overwrites files while an earlier push still reads them, so that a commit can pair new "
+                "hub_always_push=True overwrites files that an earlier push still reads, so a commit can pair new "
                 "weights with an old certificate: leave it False"
             )
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Route the constraint, make the initial weights satisfy it, and attach the caps to the optimizer."""
         model, optimizer = kwargs["model"], kwargs["optimizer"]
         if self.constraint is not None:
@@ -59,7 +63,9 @@ class LipschitzCallback(TrainerCallback):
         self.enforcer.apply()
         self._hook = self.enforcer.attach(optimizer)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Detach from the optimizer."""
         if self._hook is not None:
             self._hook.remove()
@@ -93,22 +99,25 @@ class LipschitzCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop where a checkpoint was written without a certificate (NaN weights, a sharded format)."""
-        folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         certifies = hasattr(bare_model(kwargs["model"]), "bound_program")
         if state.is_world_process_zero and certifies and folder.is_dir() and not (folder / FILE_NAME).exists():
             raise UserError(
-                f"{folder.name} was written without a certificate: look at the warning above (weights not finite, or a sharded "
-                "checkpoint format, which cannot carry one)"
+                f"{folder.name} was written without a certificate: see the warning above (weights not finite, or "
+                "a sharded checkpoint format, which cannot carry one)"
             )
 
-    def on_push_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Put the certificate of the checkpoint about to be pushed beside its weights.
 
-        The Trainer copies a fixed list of files from the checkpoint to ``output_dir`` and uploads that; this runs before.
+        The Trainer copies a fixed list of files from the checkpoint to ``output_dir`` and uploads that; this runs
+        before.
         """
-        checkpoint = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+        checkpoint = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
         if not checkpoint.is_dir():
             return
         for name in (FILE_NAME, REMOTE_FILE_NAME):
             if (checkpoint / name).is_file():
-                shutil.copyfile(checkpoint / name, Path(args.output_dir) / name)
+                shutil.copyfile(checkpoint / name, Path(args.output_dir or ".") / name)

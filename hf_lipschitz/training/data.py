@@ -36,20 +36,23 @@ class ImageData:
                 f"the images have shape {tuple(self.pixel_values.shape[1:])}, the model takes {expected}: "
                 "set data.resize to true, or model.config.image_size and num_channels"
             )
-        check_labels(self.labels, config.num_labels)
+        check_labels(self.labels, config.num_labels or 0)
 
 
 def check_labels(labels: torch.Tensor, num_labels: int) -> None:
     """Raise UserError unless all labels lie in [0, num_labels)."""
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_labels:
         found = f"{int(labels.min())} to {int(labels.max())}"
-        raise UserError(f"labels run from {found}, the model has {num_labels} classes (0 to {num_labels - 1}): set num_labels")
+        raise UserError(
+            f"labels run from {found}, the model has {num_labels} classes (0 to {num_labels - 1}): set num_labels"
+        )
 
 
 class BatchedImages(Dataset[Any]):
-    """A torch dataset that hands out whole batches (``__getitems__``), augmented on the uint8 pixels, in [0, 1] as float32.
+    """A torch dataset that hands out whole batches (``__getitems__``), augmented as uint8, then float32 in [0, 1].
 
-    ``crop`` shifts each image by up to that many pixels in either direction (zeros move in); ``flip`` mirrors half of them.
+    ``crop`` shifts each image by up to that many pixels in either direction (zeros move in); ``flip`` mirrors half of
+    them.
     """
 
     def __init__(self, data: ImageData, *, crop: int = 0, flip: bool = False) -> None:
@@ -133,18 +136,27 @@ def _open(spec: DataSection, split: str) -> tuple[Any, str, str]:
         loaded: Any = load_dataset(str(Path(spec.path).expanduser()) if is_folder else spec.path)
     except Exception as error:  # datasets raises many kinds; all of them mean that the data cannot be had
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"data.path {spec.path!r} is no data set that can be loaded ({reason}): give a folder or a Hub name") from None
+        raise UserError(
+            f"data.path {spec.path!r} is no data set that can be loaded ({reason}): give a folder or a Hub name"
+        ) from None
     if split not in loaded:
-        raise UserError(f"{spec.path} has no split {split!r}, only {', '.join(loaded)}: set data.train_split or data.test_split")
+        raise UserError(
+            f"{spec.path} has no split {split!r}, only {', '.join(loaded)}: set data.train_split or data.test_split"
+        )
     rows = loaded[split]
     images = [name for name, feature in rows.features.items() if isinstance(feature, Image)]
     labels = [name for name, feature in rows.features.items() if isinstance(feature, ClassLabel)] or [
         name for name in ("label", "labels") if name in rows.features
     ]
-    image_column, label_column = spec.image_column or next(iter(images), None), spec.label_column or next(iter(labels), None)
+    image_column, label_column = (
+        spec.image_column or next(iter(images), None),
+        spec.label_column or next(iter(labels), None),
+    )
     for kind, column in (("image", image_column), ("label", label_column)):
         if column is None or column not in rows.features:
-            raise UserError(f"{spec.path} has no {kind} column among {', '.join(rows.features)}: set data.{kind}_column")
+            raise UserError(
+                f"{spec.path} has no {kind} column among {', '.join(rows.features)}: set data.{kind}_column"
+            )
     return rows, str(image_column), str(label_column)
 
 

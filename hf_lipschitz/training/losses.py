@@ -74,7 +74,7 @@ def offset_cross_entropy(
 
     u is the margin that epsilon needs where the head's rows are orthonormal. Returns (B,).
     """
-    offset_BK = F.one_hot(labels_B, logits_BK.shape[1]) * (math.sqrt(2.0) * lipschitz * epsilon)
+    offset_BK = F.one_hot(labels_B, logits_BK.shape[1]).to(logits_BK.dtype) * (math.sqrt(2.0) * lipschitz * epsilon)
     return F.cross_entropy(scale * (logits_BK - offset_BK), labels_B, reduction="none") / scale
 
 

@@ -15,10 +15,10 @@ from hf_lipschitz.evaluation.certified import evaluate_certified
 class CertifiedMetrics:
     """Clean and certified accuracy of the model as it is, from a float64 forward; claim "exact network".
 
-    Use as ``Trainer(compute_metrics=CertifiedMetrics(model))`` with ``TrainingArguments(include_for_metrics=["inputs"])``; the
-    float32 or bfloat16 logits of the evaluation loop are too coarse to certify from, so the images are run again. Keys:
-    ``accuracy`` and ``certified_accuracy_<radius>`` with the radius in 1/255 where it is a multiple of it
-    (``certified_accuracy_36``), so ``metric_for_best_model="certified_accuracy_36"``.
+    Use as ``Trainer(compute_metrics=CertifiedMetrics(model))`` with
+    ``TrainingArguments(include_for_metrics=["inputs"])``: the float32 or bfloat16 logits of the evaluation loop are too
+    coarse to certify from, so the images are run again. Keys: ``accuracy`` and ``certified_accuracy_<radius>`` with the
+    radius in 1/255 where it is a multiple of it, so ``metric_for_best_model="certified_accuracy_36"``.
 
     Args:
         model: the model being trained.
@@ -32,7 +32,9 @@ class CertifiedMetrics:
     def __call__(self, prediction: Any) -> dict[str, float]:
         """Raises UserError where the inputs were not handed on."""
         if prediction.inputs is None:
-            raise UserError('certified accuracy needs the images: set TrainingArguments(include_for_metrics=["inputs"])')
+            raise UserError(
+                'certified accuracy needs the images: set TrainingArguments(include_for_metrics=["inputs"])'
+            )
         result = evaluate_certified(
             self.model,
             torch.as_tensor(prediction.inputs),

@@ -103,7 +103,7 @@ class Recipe(_Section):
 
 
 def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) -> Recipe:
-    """Read a recipe and override keys, such as ``{"data.path": "digits", "trainer.max_steps": "10"}`` (values are YAML).
+    """Read a recipe and override keys, as ``{"data.path": "digits", "trainer.max_steps": "10"}``, with YAML values.
 
     Raises:
         UserError: the file is missing or no YAML mapping, a key is unknown, or a value is inadmissible; one sentence.

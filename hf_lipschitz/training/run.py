@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 
 from hf_lipschitz.caps.orthogonalize import matmul_dtype
 from hf_lipschitz.errors import UserError
@@ -87,7 +87,9 @@ def build_config(recipe: Recipe) -> LipViTConfig:
     known = {field.name for field in dataclasses.fields(LipViTConfig)}  # pyright: ignore[reportArgumentType]
     for key in section.config:
         if key not in known:
-            raise UserError(f"model.config.{key} is no LipViT configuration key: choose among {', '.join(sorted(known))}")
+            raise UserError(
+                f"model.config.{key} is no LipViT configuration key: choose among {', '.join(sorted(known))}"
+            )
     try:
         if section.preset is not None:
             return LipViTConfig.from_preset(section.preset, **section.config)

@@ -1,7 +1,7 @@
 """``LipschitzTrainer``: transformers' Trainer with our figures in every sink and our card kept.
 
-``LipschitzCallback`` works with the plain Trainer. Two things need a subclass: log values that come in time for TensorBoard
-and Trackio, and a README.md that the Trainer does not replace by its own before it pushes.
+``LipschitzCallback`` works with the plain Trainer. Two things need a subclass: log values that come in time for
+TensorBoard and Trackio, and a README.md that the Trainer does not replace by its own before it pushes.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class LossProgress(TrainerCallback):
     def __init__(self, loss: CertifiedLoss) -> None:
         self.loss = loss
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Set the progress from the step count."""
         self.loss.progress = min(1.0, state.global_step / max(1, state.max_steps))

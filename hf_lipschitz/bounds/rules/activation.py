@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..rounding import Array
-from ..rule import Call, Geometry, Rule, Shape, Size, integer, need
+from ..rule import Call, Geometry, Rule, Shape, Size
+from .attributes import integer, need
 
 
 class _NormPreserving(Rule):
@@ -21,8 +22,8 @@ class _NormPreserving(Rule):
 class MaxMin(_NormPreserving):
     """(a, b) -> (max(a, b), min(a, b)) for the two halves a, b of the channels.
 
-    Sorting is 1-Lipschitz: the sorted vectors are the closest pairing (rearrangement inequality, <x, y> is largest when both
-    are sorted), so |sort x - sort y| <= |x - y|.
+    Sorting is 1-Lipschitz: the sorted vectors are the closest pairing (rearrangement inequality, <x, y> is largest
+    when both are sorted), so |sort x - sort y| <= |x - y|.
     """
 
     op = "maxmin@1"

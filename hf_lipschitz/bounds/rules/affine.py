@@ -5,8 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from ..rounding import Array, add_up, array_norm_up, div_up, gamma, mul_up, sqrt_up
-from ..rule import Call, Geometry, Rule, Shape, Size, list_of, need, number, one_of, tokens_of
+from ..rule import Call, Geometry, Rule, Shape, Size, tokens_of
 from ..spectral import frobenius_norm_upper
+from .attributes import list_of, need, number, one_of
 
 
 class Normalize(Rule):
@@ -37,7 +38,9 @@ class Normalize(Rule):
     def rounding(self, call: Call, roundoff: float, incoming: tuple[Size, ...]) -> float:
         # mean and std rounded to the dtype, one subtraction, one division or a reciprocal and a product: at most
         # u |mean| + gamma_5 |x - mean| (1 + u), over std; gamma_6 (|x| + |mean|) / std covers both
-        mean = mul_up(sqrt_up(float(tokens_of(call.shapes[0]))), array_norm_up(np.asarray(call.attrs["mean"], dtype=float)))
+        mean = mul_up(
+            sqrt_up(float(tokens_of(call.shapes[0]))), array_norm_up(np.asarray(call.attrs["mean"], dtype=float))
+        )
         return mul_up(self.gains(call, "l2")[0], gamma(6, roundoff), add_up(incoming[0].total, mean))
 
 
@@ -45,7 +48,9 @@ class Linear(Rule):
     """x W^T + b on the last axis of tokens; x W + b if ``transpose``."""
 
     op = "linear@1"
-    source = "|x W^T| <= sigma_max(W) |x| for one token, hence for all; rounding: gamma_{K+1} (| |W| | |X| + sqrt(N) |b|)"
+    source = (
+        "|x W^T| <= sigma_max(W) |x| for one token, hence for all; rounding: gamma_{K+1} (| |W| | |X| + sqrt(N) |b|)"
+    )
     attrs = {"transpose": one_of(True, False)}
     tensors = {"weight": 2, "bias": 1}
     optional = frozenset({"bias"})
@@ -80,8 +85,8 @@ class Linear(Rule):
 class NormalizedLinear(Rule):
     """x W^T + b with rows w_i = v_i / max(|v_i|, eps) of the stored matrix V: the last-layer-normalised head.
 
-    The float64 rows stray from the exact ones by gamma_{d/2+6} relatively (sum of squares, root, maximum, quotient), which is
-    added to the norm of the float64 matrix.
+    The float64 rows stray from the exact ones by gamma_{d/2+6} relatively (sum of squares, root, maximum, quotient),
+    which is added to the norm of the float64 matrix.
     """
 
     op = "normalized_linear@1"
@@ -92,7 +97,10 @@ class NormalizedLinear(Rule):
 
     def shape(self, call: Call) -> Shape:
         rows, columns = call.tensors["weight"].shape
-        need(call.shapes[0] == (columns,), f"tensor {call.names['weight']!r} takes ({columns},), it is given {call.shapes[0]}")
+        need(
+            call.shapes[0] == (columns,),
+            f"tensor {call.names['weight']!r} takes ({columns},), it is given {call.shapes[0]}",
+        )
         if "bias" in call.tensors:
             need(call.tensors["bias"].shape == (rows,), f"tensor {call.names['bias']!r} needs {rows} entries")
         return (rows,)
@@ -110,7 +118,8 @@ class NormalizedLinear(Rule):
         return Size(size, size)
 
     def rounding(self, call: Call, roundoff: float, incoming: tuple[Size, ...]) -> float:
-        # rows stray by gamma_{d+12} in the dtype (in Frobenius norm, twice the needed count), the product by gamma_{d+1}
+        # rows stray by gamma_{d+12} in the dtype (in Frobenius norm, twice the needed count), the product by
+        # gamma_{d+1}
         d = call.shapes[0][0]
         rows = mul_up(frobenius_norm_upper(self._rows(call)), 1.0 + 2.0 * gamma(d + 12))
         size = add_up(mul_up(rows, incoming[0].total), self.offset(call).total)

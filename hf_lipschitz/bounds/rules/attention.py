@@ -5,19 +5,22 @@ from __future__ import annotations
 import numpy as np
 
 from ..rounding import Array, Enclosure, add_up, array_norm_up, gamma, mul_up, norm_up, sqrt_up, up
-from ..rule import Call, Geometry, Rule, Shape, Size, integer, need
+from ..rule import Call, Geometry, Rule, Shape, Size
 from ..spectral import frobenius_norm_upper
+from .attributes import integer, need
 
 
 class SoftmaxAttention(Rule):
     """Multi-head attention, all keys visible, with a ball projection of every head's query, key and value.
 
-    Head h: q = P_1(W_q^h x), k = P_1(W_k^h x), v = P_{r_h}(W_v^h x), scores tau_h <q, k>, weights softmax over the N keys; the
-    heads' outputs are concatenated. P_rho(z) = z min(1, rho / |z|) is 1-Lipschitz (projection on a convex set).
+    Head h: q = P_1(W_q^h x), k = P_1(W_k^h x), v = P_{r_h}(W_v^h x), scores tau_h <q, k>, weights softmax over the N
+    keys; the heads' outputs are concatenated. P_rho(z) = z min(1, rho / |z|) is 1-Lipschitz (projection on a convex
+    set).
 
-    Derivation. For one head, do_n = sum_j p_nj dv_j + Cov_{p_n}(ds_n, v), and |Cov_p(ds, <u, v>)| <= r sqrt(sum_j p_j ds_j^2)
-    for every unit u. Scores lie in [-tau, tau], so p <= 1 / (1 + (N-1) e^{-2 tau}) and a column of p sums to at most
-    c = N / (1 + (N-1) e^{-2 tau}). With T = diag(tau_h r_h), S = diag(sqrt(c_h)) over the heads' rows, Minkowski over heads:
+    Derivation. For one head, do_n = sum_j p_nj dv_j + Cov_{p_n}(ds_n, v), and |Cov_p(ds, <u, v>)| <= r sqrt(sum_j p_j
+    ds_j^2) for every unit u. Scores lie in [-tau, tau], so p <= 1 / (1 + (N-1) e^{-2 tau}) and a column of p sums to
+    at most c = N / (1 + (N-1) e^{-2 tau}). With T = diag(tau_h r_h), S = diag(sqrt(c_h)) over the heads' rows,
+    Minkowski over heads:
 
         l2:         L <= |S W_v| + |T W_q| + |T S W_k|,
         token_max:  L <= sqrt( sum_h ( |W_v^h| + tau_h r_h |W_k^h| )^2 ) + |T W_q|.
@@ -73,25 +76,36 @@ class SoftmaxAttention(Rule):
     def rounding(self, call: Call, roundoff: float, incoming: tuple[Size, ...]) -> float:
         """Errors of the projections carried through the heads' gains, plus those of scores, softmax and average.
 
-        A projected q, k or v strays by gamma_{d+8} (norm: d/2 + 1 roundings relatively, then a quotient, a minimum and a
-        product), so scores stay in [-t', t'] with t' = tau (1 + gamma_{d_h+8})^2 + the deviation of tau. An exponential
-        errs by (2 t' + 4) u, the normalised weight by twice that plus gamma_N; blockwise softmax rescales by factors whose
-        arguments telescope to at most 2 t', one factor in 16 keys. Together at most (8 t' + 16) u + 3 gamma_{N+4}, times r_h.
-        Exponentials of the library are assumed to be within 4 units in the last place.
+        A projected q, k or v strays by gamma_{d+8} (norm: d/2 + 1 roundings relatively, then a quotient, a minimum and
+        a product), so scores stay in [-t', t'] with t' = tau (1 + gamma_{d_h+8})^2 + the deviation of tau. An
+        exponential errs by (2 t' + 4) u, the normalised weight by twice that plus gamma_N; blockwise softmax rescales
+        by factors whose arguments telescope to at most 2 t', one factor in 16 keys. Together at most (8 t' + 16) u + 3
+        gamma_{N+4}, times r_h. Exponentials of the library are assumed to be within 4 units in the last place.
         """
         n, heads = call.shapes[0][0], call.attrs["heads"]
         widths = {slot: call.tensors[slot].shape[0] // heads for slot in ("query", "key", "value")}
         ball = gamma(max(widths.values()) + 8, roundoff)
-        tau = [add_up(mul_up(t, up(1.0 + ball), up(1.0 + ball)), call.deviations["temperature"]) for t in self._highs(call, "temperature")]
+        tau = [
+            add_up(mul_up(t, up(1.0 + ball), up(1.0 + ball)), call.deviations["temperature"])
+            for t in self._highs(call, "temperature")
+        ]
         radius = [add_up(mul_up(r, up(1.0 + ball)), call.deviations["radius"]) for r in self._highs(call, "radius")]
         column = max(_column_roots(np.asarray(tau), n))
         strength = max(mul_up(t, r) for t, r in zip(tau, radius, strict=True))
         all_radii, root_n = array_norm_up(np.asarray(radius)), sqrt_up(float(n))
-        q, k, v = (self._projection_error(call, slot, roundoff, incoming[0].total) for slot in ("query", "key", "value"))
+        q, k, v = (
+            self._projection_error(call, slot, roundoff, incoming[0].total) for slot in ("query", "key", "value")
+        )
         unit = mul_up(ball, root_n, sqrt_up(float(heads)))
-        value = add_up(v, mul_up(root_n, add_up(mul_up(ball, all_radii), mul_up(sqrt_up(float(heads)), call.deviations["radius"]))))
-        carried = add_up(mul_up(column, value), mul_up(strength, add_up(q, unit)), mul_up(strength, column, add_up(k, unit)))
-        score = add_up(mul_up(max(tau), gamma(widths["query"] + 2, roundoff)), mul_up(2.0, call.deviations["temperature"]))
+        value = add_up(
+            v, mul_up(root_n, add_up(mul_up(ball, all_radii), mul_up(sqrt_up(float(heads)), call.deviations["radius"])))
+        )
+        carried = add_up(
+            mul_up(column, value), mul_up(strength, add_up(q, unit)), mul_up(strength, column, add_up(k, unit))
+        )
+        score = add_up(
+            mul_up(max(tau), gamma(widths["query"] + 2, roundoff)), mul_up(2.0, call.deviations["temperature"])
+        )
         soft = add_up(mul_up(add_up(mul_up(8.0, max(tau)), 16.0), roundoff), mul_up(3.0, gamma(n + 4, roundoff)))
         return add_up(carried, mul_up(root_n, all_radii, add_up(score, soft)))
 
@@ -103,7 +117,9 @@ class SoftmaxAttention(Rule):
         return [float(v) for v in np.broadcast_to(call.scalars[slot].high, (call.attrs["heads"],))]
 
     def _strength(self, call: Call) -> list[float]:
-        return [mul_up(t, r) for t, r in zip(self._highs(call, "temperature"), self._highs(call, "radius"), strict=True)]
+        return [
+            mul_up(t, r) for t, r in zip(self._highs(call, "temperature"), self._highs(call, "radius"), strict=True)
+        ]
 
     def _column_root(self, call: Call) -> list[float]:
         return _column_roots(np.asarray(self._highs(call, "temperature")), call.shapes[0][0])

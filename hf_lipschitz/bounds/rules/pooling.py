@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from ..rounding import Array, add_up, gamma, mul_up, sqrt_up
-from ..rule import Call, Geometry, Rule, Shape, Size, need, number, tokens_of
+from ..rule import Call, Geometry, Rule, Shape, Size, tokens_of
+from .attributes import need, number
 
 
 class _Pool(Rule):
@@ -20,7 +21,9 @@ class _Pool(Rule):
 
 
 class L2Pool(_Pool):
-    """y_c = sqrt(sum_n x_nc^2 + eps): the norm of the vector (x_1c, ..., x_Nc, sqrt(eps)), so 1-Lipschitz channel by channel."""
+    """y_c = sqrt(sum_n x_nc^2 + eps): the norm of the vector (x_1c, ..., x_Nc, sqrt(eps)), so 1-Lipschitz channel by
+    channel.
+    """
 
     op = "l2_pool@1"
     source = "reverse triangle inequality, channel by channel"
@@ -34,9 +37,12 @@ class L2Pool(_Pool):
         return Size(size, size)
 
     def rounding(self, call: Call, roundoff: float, incoming: tuple[Size, ...]) -> float:
-        # N squares, N additions, eps rounded, a root: relative error below gamma_{N+4} of the exact pool of the computed input;
-        # a square that underflows moves a root of at least sqrt(eps) by far less than the engine's underflow term
-        return mul_up(gamma(tokens_of(call.shapes[0]) + 4, roundoff), add_up(incoming[0].total, self.offset(call).total))
+        # N squares, N additions, eps rounded, a root: relative error below gamma_{N+4} of the exact pool of the
+        # computed input; a square that underflows moves a root of at least sqrt(eps) by far less than the engine's
+        # underflow term
+        return mul_up(
+            gamma(tokens_of(call.shapes[0]) + 4, roundoff), add_up(incoming[0].total, self.offset(call).total)
+        )
 
 
 class SumPool(_Pool):

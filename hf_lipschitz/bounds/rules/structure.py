@@ -7,7 +7,8 @@ import math
 import numpy as np
 
 from ..rounding import Array, add_up, array_norm_up, gamma, mul_up, sqrt_up, up
-from ..rule import Call, Geometry, Rule, Shape, Size, integer, list_of, need, one_of, tokens_of, width_of
+from ..rule import Call, Geometry, Rule, Shape, Size, tokens_of, width_of
+from .attributes import integer, list_of, need, one_of
 
 
 class Input(Rule):
@@ -51,10 +52,14 @@ class _Rearrangement(Rule):
 
 
 class Patchify(_Rearrangement):
-    """(C, H, W) -> (H/p * W/p, C p p): non-overlapping patches in row-major order, entries in (channel, row, column) order."""
+    """(C, H, W) -> (H/p * W/p, C p p): non-overlapping patches in row-major order, entries in (channel, row, column)
+    order.
+    """
 
     op = "patchify@1"
-    source = "a permutation of entries; a patch gathers p^2 pixels, so its norm is at most p times the largest pixel norm"
+    source = (
+        "a permutation of entries; a patch gathers p^2 pixels, so its norm is at most p times the largest pixel norm"
+    )
     attrs = {"patch": integer(1, 4096)}
 
     def shape(self, call: Call) -> Shape:
@@ -95,7 +100,7 @@ class PatchMerge(_Rearrangement):
 
 
 class Shift(_Rearrangement):
-    """Circular shifts of four groups of ``moved`` channels by one cell of an H x W grid: down, up, right, left; rest unmoved.
+    """Circular shifts of four groups of ``moved`` channels by one cell of a grid: down, up, right, left; others stay.
 
     In ``token_max`` an output token gathers channels of as many tokens as there are distinct offsets.
     """
@@ -156,7 +161,9 @@ class TokenMixing(Rule):
 
 
 class Offset(Rule):
-    """x + t, or x - t if ``negative``: a stored vector with one entry a channel (bias, running mean) or a token (position)."""
+    """x + t, or x - t if ``negative``: a stored vector with one entry a channel (bias, running mean) or a token
+    (position).
+    """
 
     op = "offset@1"
     source = "a translation; one rounded addition an entry"
@@ -231,7 +238,7 @@ class Residual(Rule):
     def lipschitz(self, call: Call, geometry: Geometry, incoming: tuple[float, ...]) -> float:
         total = super().lipschitz(call, geometry, incoming)
         weight = call.scalars["weight"]
-        return min(total, max(incoming)) if 0.0 <= float(weight.low) and float(weight.high) <= 1.0 else total
+        return min(total, max(incoming)) if float(weight.low) >= 0.0 and float(weight.high) <= 1.0 else total
 
     def rounding(self, call: Call, roundoff: float, incoming: tuple[Size, ...]) -> float:
         deviation = call.deviations["weight"]

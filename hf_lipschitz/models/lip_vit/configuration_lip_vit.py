@@ -23,21 +23,24 @@ class LipViTConfig(PreTrainedConfig):
         image_size (`int`): side of the square input image, in pixels.
         num_channels (`int`): channels of the input image.
         patch_size (`int`): side of a patch; divides `image_size`.
-        image_mean, image_std (`list[float]`): normalisation inside the model, one number a channel; 1 / min(std) is a factor
-            of the bound from pixels.
-        hidden_size, num_hidden_layers (`int`): width and number of blocks of the plain (one-stage) ViT. With `stages` they are
-            set to the last width and the total depth.
-        stages (`list[dict]`): `[{"depth": d, "width": w}, ...]`; between stages 2x2 patches merge through an orthogonal map.
+        image_mean, image_std (`list[float]`): normalisation inside the model, one number a channel; 1 / min(std) is a
+            factor of the bound from pixels.
+        hidden_size, num_hidden_layers (`int`): width and number of blocks of the plain (one-stage) ViT. With `stages`
+            they are set to the last width and the total depth.
+        stages (`list[dict]`): `[{"depth": d, "width": w}, ...]`; between stages 2x2 patches merge through an
+            orthogonal map.
         token_mixer (`str`): `"shift"`, `"orthogonal"`, `"attention"` or `"hybrid"` (shift and attention alternating).
         num_attention_heads (`int`): heads of the attention mixers; divides every width that has one.
         shift_fraction (`float`): share of the channels that each of the four shifts moves (at least one channel).
-        activation (`str`): `"maxmin"`, `"abs"` (on `abs_fraction` of the channels) or `"group_sort"` (groups of `group_size`).
+        activation (`str`): `"maxmin"`, `"abs"` (on `abs_fraction` of the channels) or `"group_sort"` (groups of
+            `group_size`).
         pooling (`str`): `"l2"` (norm over tokens) or `"sum"` (sum / sqrt(N)).
         neck_depth (`int`): orthogonal maps with activation after pooling.
         batch_centering (`bool`): subtract the batch mean after every map (a running mean, a bias, in evaluation).
-        loss_scale (`float`): factor on the logits inside the model's own cross entropy (a loss temperature, not in the logits).
-        constraints (`list[dict]`): which parameter carries which cap; by default every map is kept orthogonal and the head's
-            rows in the unit ball.
+        loss_scale (`float`): factor on the logits inside the model's own cross entropy (a loss temperature, not in the
+            logits).
+        constraints (`list[dict]`): which parameter carries which cap; by default every map is kept orthogonal and the
+            head's rows in the unit ball.
     """
 
     model_type = "lip_vit"
@@ -79,7 +82,9 @@ class LipViTConfig(PreTrainedConfig):
 
     @classmethod
     def from_preset(cls, name: str, **overrides: Any) -> LipViTConfig:
-        """The configuration of a named size, such as `"nano"` or `"base-patch16-224"`; keyword arguments override it."""
+        """The configuration of a named size, such as `"nano"` or `"base-patch16-224"`; keyword arguments override
+        it.
+        """
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
@@ -119,7 +124,9 @@ def _check_choices(config: LipViTConfig) -> None:
             raise ValueError(f"{key} is {getattr(config, key)!r}; choose one of {', '.join(known)}")
     for key in ("image_mean", "image_std"):
         if len(getattr(config, key)) != config.num_channels:
-            raise ValueError(f"{key} has {len(getattr(config, key))} entries for {config.num_channels} channels: give one each")
+            raise ValueError(
+                f"{key} has {len(getattr(config, key))} entries for {config.num_channels} channels: give one each"
+            )
     if min(config.image_std or [1.0]) <= 0.0:
         raise ValueError(f"image_std is {config.image_std}: every entry must be positive")
     if not 0.0 < config.shift_fraction <= 0.25:
@@ -133,11 +140,14 @@ def _check_choices(config: LipViTConfig) -> None:
 def _check_sizes(config: LipViTConfig) -> None:
     stages = config.stages or []
     if config.patch_size < 1 or config.image_size % config.patch_size != 0:
-        raise ValueError(f"patch_size {config.patch_size} does not divide image_size {config.image_size}: choose one that does")
+        raise ValueError(
+            f"patch_size {config.patch_size} does not divide image_size {config.image_size}: choose one that does"
+        )
     side = config.image_size // config.patch_size
     if side % 2 ** (len(stages) - 1) != 0:
         raise ValueError(
-            f"a grid of {side} x {side} patches cannot be halved {len(stages) - 1} times: use fewer stages or another patch_size"
+            f"a grid of {side} x {side} patches cannot be halved {len(stages) - 1} times: "
+            "use fewer stages or another patch_size"
         )
     uses_attention = config.token_mixer in ("attention", "hybrid")
     for index, stage in enumerate(stages):
@@ -145,7 +155,9 @@ def _check_sizes(config: LipViTConfig) -> None:
         if config.activation == "maxmin" and width % 2 != 0:
             raise ValueError(f"stage {index} has width {width}: MaxMin pairs channels, so the width must be even")
         if config.activation == "group_sort" and width % config.group_size != 0:
-            raise ValueError(f"stage {index} has width {width}: GroupSort needs a multiple of group_size {config.group_size}")
+            raise ValueError(
+                f"stage {index} has width {width}: GroupSort needs a multiple of group_size {config.group_size}"
+            )
         if stage["depth"] > 0 and uses_attention and width % config.num_attention_heads != 0:
             raise ValueError(f"stage {index} has width {width}: not a multiple of {config.num_attention_heads} heads")
         if stage["depth"] > 0 and width < 4:

@@ -1,7 +1,7 @@
 """LipViT: patches, orthogonal maps, token mixers that cost nothing (or a known amount), and a normalised head.
 
-The features are at most 1-Lipschitz in ``l2`` on normalised input whenever every constrained matrix has norm at most one,
-whatever the learned scalars are. The certificate measures those norms; it does not assume them.
+The features are at most 1-Lipschitz in ``l2`` on normalised input whenever every constrained matrix has norm at most
+one, whatever the learned scalars are. The certificate measures those norms; it does not assume them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hf_lipschitz.nn.init import orthogonal_weight, unit_rows
 from hf_lipschitz.nn.linear import BatchCentering, LipschitzLinear, LipschitzMap
 from hf_lipschitz.nn.mixing import ShiftMixer, TokenMixing
 from hf_lipschitz.nn.module import ProgramBuilder
-from hf_lipschitz.nn.pixels import PatchMerge, Patchify, PixelNormalization, TokenOffset
+from hf_lipschitz.nn.pixels import Patchify, PatchMerge, PixelNormalization, TokenOffset
 from hf_lipschitz.nn.pooling import L2Pool, SumPool
 
 
@@ -95,7 +95,9 @@ class LipViTBlock(GradientCheckpointingLayer):
         """Keyword arguments go to the attention function."""
         x = self.position(hidden_states)
         if isinstance(self.mixer, BoundedAttention):
-            attention = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+            attention = ALL_ATTENTION_FUNCTIONS.get_interface(
+                self.config._attn_implementation or "eager", eager_attention
+            )
             x, _ = self.mixer(x, attention, **kwargs)
         else:
             x = self.mixer(x)
@@ -144,7 +146,7 @@ class LipViTPreTrainedModel(CertifiedModel):
     config_class = LipViTConfig
     base_model_prefix = "lip_vit"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = ["image"]
     model_tags = ["lipschitz", "certified-robustness", "hf-lipschitz"]
     supports_gradient_checkpointing = True
     _no_split_modules = ["LipViTEmbeddings", "LipViTBlock"]
@@ -155,7 +157,9 @@ class LipViTPreTrainedModel(CertifiedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Matrices orthogonal and verified, head rows of unit norm, biases zero, raw scalars of attention at their defaults."""
+        """Matrices orthogonal and verified, head rows of unit norm, biases zero, raw scalars of attention at their
+        defaults.
+        """
         own = list(module.parameters(recurse=False))
         if any(parameter.is_meta for parameter in own):
             return
@@ -231,11 +235,11 @@ class LipViTForImageClassification(LipViTPreTrainedModel):
 
     def __init__(self, config: LipViTConfig) -> None:
         super().__init__(config)
-        if config.num_labels < 2:
+        self.num_labels = config.num_labels or 0
+        if self.num_labels < 2:
             raise ValueError(f"num_labels is {config.num_labels}: a classifier needs at least 2 labels")
-        self.num_labels = config.num_labels
         self.lip_vit = LipViTModel(config)
-        self.classifier = NormalizedLinear(config.hidden_size, config.num_labels)
+        self.classifier = NormalizedLinear(config.hidden_size, self.num_labels)
         self.post_init()
 
     @can_return_tuple

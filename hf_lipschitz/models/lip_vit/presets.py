@@ -7,7 +7,10 @@ from typing import Any
 
 def _plain(width: int, depth: int) -> dict[str, dict[str, Any]]:
     size = {"hidden_size": width, "num_hidden_layers": depth}
-    return {"": {**size, "image_size": 32, "patch_size": 4}, "-patch16-224": {**size, "image_size": 224, "patch_size": 16}}
+    return {
+        "": {**size, "image_size": 32, "patch_size": 4},
+        "-patch16-224": {**size, "image_size": 224, "patch_size": 16},
+    }
 
 
 _NANO: dict[str, Any] = {
@@ -26,5 +29,9 @@ _NANO: dict[str, Any] = {
 PRESETS: dict[str, dict[str, Any]] = {
     "nano": _NANO,
     "nano-patch14-224": {**_NANO, "image_size": 224, "patch_size": 14},
-    **{f"{name}{suffix}": preset for name, width, depth in (("tiny", 384, 12), ("small", 512, 24), ("base", 1024, 40)) for suffix, preset in _plain(width, depth).items()},
+    **{
+        f"{name}{suffix}": preset
+        for name, width, depth in (("tiny", 384, 12), ("small", 512, 24), ("base", 1024, 40))
+        for suffix, preset in _plain(width, depth).items()
+    },
 }

@@ -14,12 +14,13 @@ anything.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
-from .errors import KernelError
-from .rounding import Array, Enclosure
+from .. import strict_json
+from ..errors import KernelError
+from ..rounding import Array, Enclosure
 
 _BINARY: dict[str, Callable[[Enclosure, Enclosure], Enclosure]] = {
     "add": Enclosure.__add__,
@@ -34,42 +35,41 @@ _UNARY: dict[str, Callable[[Enclosure], Enclosure]] = {
     "sigmoid": Enclosure.sigmoid,
     "max": Enclosure.maximum,
 }
-# Units in the last place that a float library may be off by, for claim 3 only: arithmetic and sqrt are correctly rounded,
-# exp, softplus and sigmoid are composed of library calls, for which 8 is an assumption (measured below 3 for torch).
+# Units in the last place that a float library may be off by, for claim 3 only: arithmetic and sqrt are correctly
+# rounded, exp, softplus and sigmoid are composed of library calls, for which 8 is an assumption (measured below 3 for
+# torch).
 _FORWARD_ULPS = {"add": 1, "sub": 1, "mul": 1, "div": 1, "sqrt": 1, "exp": 8, "softplus": 8, "sigmoid": 8, "max": 0}
 MAX_ENTRIES = 65536
 
 
 def check_expression(expression: Any, where: str) -> None:
     """Raise KernelError unless ``expression`` is of the grammar above."""
-    if isinstance(expression, bool) or not isinstance(expression, int | float | list):
-        raise KernelError(f"{where}: a scalar is a number or a list, not {expression!r}")
-    if isinstance(expression, int | float):
-        if isinstance(expression, int) and abs(expression) > 2**53:
-            raise KernelError(f"{where}: the integer {expression} is too large for exact arithmetic")
+    if type(expression) is int and abs(expression) <= 2**53:
         return
-    head = expression[0] if expression and isinstance(expression[0], str) else None
-    if head == "tensor":
-        if len(expression) != 2 or not isinstance(expression[1], str):
-            raise KernelError(f"{where}: 'tensor' takes one name, got {expression!r}")
+    if type(expression) is float:
+        return
+    parts = strict_json.list_of(expression, where)
+    head = parts[0] if parts and isinstance(parts[0], str) else None
+    if head == "tensor" and len(parts) == 2 and isinstance(parts[1], str):
         return
     arity = 2 if head in _BINARY else 1 if head in _UNARY else None
     if arity is None:
-        raise KernelError(f"{where}: unknown scalar operation {head!r}; known: {', '.join(_FORWARD_ULPS)}, tensor")
-    if len(expression) != arity + 1:
-        raise KernelError(f"{where}: {head!r} takes {arity} arguments, got {len(expression) - 1}")
-    for argument in expression[1:]:
+        raise KernelError(
+            f"{where}: unknown scalar operation {head!r}; known: {', '.join(_FORWARD_ULPS)}, tensor (name)"
+        )
+    if len(parts) != arity + 1:
+        raise KernelError(f"{where}: {head!r} takes {arity} arguments, got {len(parts) - 1}")
+    for argument in parts[1:]:
         check_expression(argument, where)
 
 
 def expression_tensors(expression: Any) -> Iterator[str]:
     """The names of the tensors an expression reads."""
-    if isinstance(expression, list):
-        if expression[0] == "tensor":
-            yield expression[1]
-        else:
-            for argument in expression[1:]:
-                yield from expression_tensors(argument)
+    parts = cast("list[Any]", expression) if isinstance(expression, list) else []
+    if parts and parts[0] == "tensor":
+        yield parts[1]
+    for argument in parts[1:]:
+        yield from expression_tensors(argument)
 
 
 def enclose(expression: Any, tensors: Mapping[str, Array], roundoff: float = 0.0) -> Enclosure:
@@ -82,17 +82,18 @@ def enclose(expression: Any, tensors: Mapping[str, Array], roundoff: float = 0.0
             may compute (each operation and each constant widened by its rounding).
 
     Raises:
-        KernelError: division by an enclosure of zero, a negative square root, a tensor that is not at most 1-D or not finite.
+        KernelError: division by an enclosure of zero, a negative square root, a tensor that is not at most 1-D or not
+        finite.
     """
     if not isinstance(expression, list):
         return Enclosure.exactly(float(expression)).widened(roundoff)
-    head = expression[0]
+    head, *parts = cast("list[Any]", expression)
     if head == "tensor":
-        value = tensors[expression[1]]
+        value = tensors[parts[0]]
         if value.ndim > 1 or value.size > MAX_ENTRIES or value.size == 0:
-            raise KernelError(f"tensor {expression[1]!r} of shape {value.shape} cannot stand in a scalar expression")
+            raise KernelError(f"tensor {parts[0]!r} of shape {value.shape} cannot stand in a scalar expression")
         return Enclosure.exactly(value)
-    arguments = [enclose(argument, tensors, roundoff) for argument in expression[1:]]
+    arguments = [enclose(part, tensors, roundoff) for part in parts]
     if head in _UNARY:
         result = _UNARY[head](arguments[0])
     else:
