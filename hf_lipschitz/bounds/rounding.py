@@ -60,11 +60,6 @@ def div_up(numerator: float, denominator: float) -> float:
     return up(numerator / denominator)
 
 
-def div_down(numerator: float, denominator: float) -> float:
-    """A lower bound of a quotient of a float by a positive float."""
-    return down(numerator / denominator)
-
-
 def sqrt_up(value: float) -> float:
     """An upper bound of a square root; exact for perfect squares of integers below 2**26."""
     root = math.sqrt(value)
@@ -83,6 +78,11 @@ def gamma(count: int, roundoff: float = U) -> float:
     """
     product = up(count * roundoff)
     return math.inf if product >= 1.0 else div_up(product, down(1.0 - product))
+
+
+def largest(roundoff: float) -> float:
+    """What values of a forward pass in the dtype of this unit roundoff may reach: sums of their squares stay finite."""
+    return 2.0**500 if roundoff == U else 2.0**60
 
 
 def array_norm_up(values: Array) -> float:
@@ -141,7 +141,7 @@ class Enclosure:
         """Square root; refuses intervals that reach below zero."""
         if np.any(self.low < 0.0):
             raise KernelError("a scalar expression takes the square root of a negative number")
-        return _outward(np.sqrt(self.low), np.sqrt(self.high)).clipped(0.0, math.inf)
+        return Enclosure(np.maximum(np.nextafter(np.sqrt(self.low), -1.0), 0.0), np.nextafter(np.sqrt(self.high), np.inf))
 
     def exp(self) -> Enclosure:
         """Exponential."""
@@ -158,10 +158,6 @@ class Enclosure:
     def maximum(self) -> Enclosure:
         """The largest entry, as a scalar."""
         return Enclosure(np.max(self.low), np.max(self.high))
-
-    def clipped(self, low: float, high: float) -> Enclosure:
-        """The intersection with a range that is known to hold the exact values."""
-        return Enclosure(np.clip(self.low, low, high), np.clip(self.high, low, high))
 
     def widened(self, relative: float) -> Enclosure:
         """Every number within the given relative distance of a member (the rounding of one floating-point result)."""
@@ -184,6 +180,8 @@ class Enclosure:
         """Enclose an increasing function: ``function`` in 40 digits for |x| <= 700, the pair ``far(x)`` beyond."""
 
         def ends(value: float) -> tuple[float, float]:
+            if math.isnan(value):
+                return value, value
             if abs(value) > 700.0:
                 return far(value)
             near = float(function(decimal.Decimal(value)))

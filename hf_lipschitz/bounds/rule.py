@@ -69,9 +69,11 @@ class Call:
     """One node with everything that a rule may look at.
 
     ``tensors`` holds stored arrays by slot (upcast to float64), ``names`` their names, ``scalars`` enclosures of real
-    values, ``shapes`` the sample shapes of the inputs.
+    values, ``deviations`` how far a float forward's scalars may stray from them, ``shapes`` the sample shapes of the
+    inputs, ``index`` the node's place in the program.
     """
 
+    index: int
     attrs: Mapping[str, Any]
     shapes: tuple[Shape, ...]
     tensors: Mapping[str, Array]
@@ -81,8 +83,13 @@ class Call:
     deviations: Mapping[str, float]
 
     def norm(self, slot: str, form: str = "", matrix: Callable[[], Array] | None = None) -> float:
-        """Bound the spectral norm of the tensor in ``slot``, or of ``matrix()`` derived from it (named by ``form``)."""
-        return self.norms.bound(self.names[slot] + form, matrix or (lambda: self.tensors[slot]))
+        """Bound the spectral norm of the tensor in ``slot``, or of ``matrix()`` derived from it (named by ``form``).
+
+        The tensor and its absolute values (form ``abs``) are the same for every node; another form may depend on the
+        node's attributes, scalars and shapes, so that its label names the node.
+        """
+        label = self.names[slot] + (f"|{form}" if form else "") + (f"@{self.index}" if form not in ("", "abs") else "")
+        return self.norms.bound(label, matrix or (lambda: self.tensors[slot]))
 
     def scalar(self, slot: str) -> Array:
         """A float64 value of a scalar, for execution."""
@@ -93,7 +100,7 @@ class Call:
         enclosure = self.scalars[slot]
         if enclosure.low.size != 1:
             raise KernelError(f"scalar {slot!r} must have one entry, it has {enclosure.low.size}")
-        return max(abs(float(enclosure.low)), abs(float(enclosure.high)))
+        return max(abs(enclosure.low.item()), abs(enclosure.high.item()))
 
 
 class Rule:

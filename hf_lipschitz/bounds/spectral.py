@@ -72,13 +72,6 @@ def spectral_norm_upper(matrix: Array, *, witness: float | None = None) -> NormB
     return NormBound(up(float(np.ldexp(root, exponent))), bound.method)
 
 
-def spectral_norms_upper(stack: Array) -> tuple[NormBound, ...]:
-    """``spectral_norm_upper`` of each matrix of a stack of shape (s, m, n)."""
-    if np.ndim(stack) != 3:
-        raise KernelError(f"a stack of matrices has 3 dimensions, this array has {np.ndim(stack)}: add or drop axes")
-    return tuple(spectral_norm_upper(matrix) for matrix in stack)
-
-
 def _checked(matrix: Array) -> Array:
     array = np.asarray(matrix)
     if array.ndim != 2 or array.dtype.kind != "f":
@@ -173,8 +166,3 @@ def _any_l(gram: Array, mu: float, gram_error: float) -> float | None:
 def _largest_sum(absolute: Array) -> float:
     """An upper bound of the largest row sum of a non-negative matrix."""
     return mul_up(float(np.max(np.sum(absolute, axis=1))), 1.0 + 2.0 * gamma(absolute.shape[1]))
-
-
-def frobenius_norm_upper(matrix: Array) -> float:
-    """An upper bound of the Frobenius norm, the cheap fallback where tightness does not matter."""
-    return array_norm_up(_checked(np.atleast_2d(matrix)))

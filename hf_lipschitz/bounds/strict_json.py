@@ -1,7 +1,7 @@
 """JSON as certificates use it: read strictly, written in one canonical form.
 
-Strict reading refuses what two readers could understand differently (duplicate keys, NaN and Infinity literals, other
-encodings than UTF-8) and what could exhaust a reader (size, depth).
+Strict reading refuses what two readers could understand differently (duplicate keys, NaN and Infinity literals, numbers
+that no float64 holds, other encodings than UTF-8) and what could exhaust a reader (size, depth).
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ def parse(data: bytes, where: str) -> Any:
     """Parse UTF-8 JSON bytes; ``where`` names the file in errors.
 
     Raises:
-        KernelError: not JSON, not UTF-8, duplicate keys, NaN or Infinity, over 64 MiB or nested deeper than 64.
+        KernelError: not JSON, not UTF-8, duplicate keys, NaN or Infinity, a number out of range, over 64 MiB or nested
+            deeper than 64.
     """
     if len(data) > MAX_BYTES:
         raise KernelError(f"{where}: {len(data)} bytes of JSON exceed the limit of {MAX_BYTES}")
     try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+        numbers = {"parse_int": _number, "parse_float": _number, "parse_constant": _number}
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, **numbers)
     except KernelError as error:
         raise KernelError(f"{where}: {error}") from None
     except RecursionError:
@@ -105,8 +107,11 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def _no_constants(name: str) -> Any:
-    raise KernelError(f"{name} is not a JSON number")
+def _number(text: str) -> float | int:
+    value = int(text) if text.lstrip("-").isdigit() else float(text)
+    if not abs(value) <= (2**53 if isinstance(value, int) else 2.0**1023):
+        raise KernelError(f"{text[:40]} is not a number that every reader holds")
+    return value
 
 
 def _check_depth(value: Any, where: str, depth: int = 1) -> None:

@@ -112,7 +112,7 @@ def _read_header(data: bytes, file_name: str) -> tuple[dict[str, Any], int]:
 
 def _check_entry(entry: Any, where: str) -> None:
     entry = strict_json.fields(entry, ("dtype", "shape", "data_offsets"), where)
-    if entry["dtype"] not in _DTYPES:
+    if str(entry["dtype"]) not in _DTYPES:
         raise KernelError(f"{where}: dtype {entry['dtype']!r} is not supported; known: {', '.join(_DTYPES)}")
     shape = strict_json.integers_of(entry["shape"], f"{where}: shape", 0, MAX_FILE)
     offsets = strict_json.integers_of(entry["data_offsets"], f"{where}: data_offsets", 0, MAX_FILE)

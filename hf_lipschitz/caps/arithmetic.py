@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def check_value(value: float, dtype: torch.dtype, cap: str) -> None:
 
 
 @contextlib.contextmanager
-def full_precision(device: torch.device):
+def full_precision(device: torch.device) -> Iterator[None]:
     """No gradients, and no autocast: inside an autocast region products would silently be rounded to bfloat16."""
     with torch.no_grad(), contextlib.ExitStack() as stack:
         if torch.amp.is_autocast_available(device.type):

@@ -10,7 +10,14 @@ from .attributes import integer, need
 
 
 class _NormPreserving(Rule):
-    """1-Lipschitz token by token, hence in both geometries; f(0) = 0; no rounding."""
+    """1-Lipschitz token by token, hence in both geometries; f(0) = 0; no rounding.
+
+    Channels are the last axis, so images are refused: along their last axis different tokens would be sorted together.
+    """
+
+    def shape(self, call: Call) -> Shape:
+        need(len(call.shapes[0]) <= 2, f"an activation takes tokens, got sample shape {call.shapes[0]}")
+        return call.shapes[0]
 
     def gains(self, call: Call, geometry: Geometry) -> tuple[float, ...]:
         return (1.0,)
@@ -31,7 +38,7 @@ class MaxMin(_NormPreserving):
 
     def shape(self, call: Call) -> Shape:
         need(call.shapes[0][-1] % 2 == 0, f"MaxMin needs an even number of channels, got {call.shapes[0][-1]}")
-        return call.shapes[0]
+        return super().shape(call)
 
     def apply(self, call: Call, *values: Array) -> Array:
         first, second = np.split(values[0], 2, axis=-1)
@@ -48,7 +55,7 @@ class GroupSort(_NormPreserving):
     def shape(self, call: Call) -> Shape:
         d, group = call.shapes[0][-1], call.attrs["group"]
         need(d % group == 0, f"groups of {group} do not divide {d} channels")
-        return call.shapes[0]
+        return super().shape(call)
 
     def apply(self, call: Call, *values: Array) -> Array:
         x = values[0]
@@ -65,7 +72,7 @@ class Abs(_NormPreserving):
     def shape(self, call: Call) -> Shape:
         d, channels = call.shapes[0][-1], call.attrs["channels"]
         need(channels <= d, f"abs on {channels} channels of {d}")
-        return call.shapes[0]
+        return super().shape(call)
 
     def apply(self, call: Call, *values: Array) -> Array:
         x, channels = values[0], call.attrs["channels"]

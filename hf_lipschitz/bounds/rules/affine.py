@@ -6,7 +6,6 @@ import numpy as np
 
 from ..rounding import Array, add_up, array_norm_up, div_up, gamma, mul_up, sqrt_up
 from ..rule import Call, Geometry, Rule, Shape, Size, tokens_of
-from ..spectral import frobenius_norm_upper
 from .attributes import list_of, need, number, one_of
 
 
@@ -77,7 +76,7 @@ class Linear(Rule):
         return Size(token, mul_up(sqrt_up(float(tokens_of(call.shapes[0]))), token))
 
     def rounding(self, call: Call, roundoff: float, incoming: tuple[Size, ...]) -> float:
-        absolute = call.norm("weight", "|abs", lambda: np.abs(call.tensors["weight"]))
+        absolute = call.norm("weight", "abs", lambda: np.abs(call.tensors["weight"]))
         size = add_up(mul_up(absolute, incoming[0].total), self.offset(call).total)
         return mul_up(gamma(call.shapes[0][-1] + 1, roundoff), size)
 
@@ -91,7 +90,7 @@ class NormalizedLinear(Rule):
 
     op = "normalized_linear@1"
     source = "as linear; |W| <= |fl(W)| + |fl(W) - W|_F"
-    attrs = {"eps": number(1e-30, 1.0)}
+    attrs = {"eps": number(1e-12, 1.0)}  # not smaller: squares of rows shorter than eps must not vanish in float32
     tensors = {"weight": 2, "bias": 1}
     optional = frozenset({"bias"})
 
@@ -110,8 +109,8 @@ class NormalizedLinear(Rule):
         return result + call.tensors["bias"] if "bias" in call.tensors else result
 
     def gains(self, call: Call, geometry: Geometry) -> tuple[float, ...]:
-        norm = call.norm("weight", "|rows", lambda: self._rows(call))
-        return (add_up(norm, mul_up(gamma(call.shapes[0][0] + 12), frobenius_norm_upper(self._rows(call)))),)
+        norm = call.norm("weight", "rows", lambda: self._rows(call))
+        return (add_up(norm, mul_up(gamma(call.shapes[0][0] + 12), array_norm_up(self._rows(call)))),)
 
     def offset(self, call: Call) -> Size:
         size = array_norm_up(call.tensors["bias"]) if "bias" in call.tensors else 0.0
@@ -121,10 +120,14 @@ class NormalizedLinear(Rule):
         # rows stray by gamma_{d+12} in the dtype (in Frobenius norm, twice the needed count), the product by
         # gamma_{d+1}
         d = call.shapes[0][0]
-        rows = mul_up(frobenius_norm_upper(self._rows(call)), 1.0 + 2.0 * gamma(d + 12))
+        rows = mul_up(array_norm_up(self._rows(call)), 1.0 + 2.0 * gamma(d + 12))
         size = add_up(mul_up(rows, incoming[0].total), self.offset(call).total)
         return mul_up(gamma(2 * d + 16, roundoff), size)
 
     def _rows(self, call: Call) -> Array:
+        """Rows of unit norm; each scaled by a power of two first, since the square of a long row would overflow."""
         weight = call.tensors["weight"]
-        return weight / np.maximum(np.sqrt(np.sum(weight * weight, axis=1, keepdims=True)), call.attrs["eps"])
+        exponent = np.maximum(np.frexp(np.max(np.abs(weight), axis=1, keepdims=True))[1], 0)
+        scaled = np.ldexp(weight, -exponent)
+        norm = np.sqrt(np.sum(scaled * scaled, axis=1, keepdims=True))
+        return scaled / np.maximum(norm, np.ldexp(call.attrs["eps"], -exponent))

@@ -6,7 +6,6 @@ import numpy as np
 
 from ..rounding import Array, Enclosure, add_up, array_norm_up, gamma, mul_up, norm_up, sqrt_up, up
 from ..rule import Call, Geometry, Rule, Shape, Size
-from ..spectral import frobenius_norm_upper
 from .attributes import integer, need
 
 
@@ -59,10 +58,10 @@ class SoftmaxAttention(Rule):
 
     def gains(self, call: Call, geometry: Geometry) -> tuple[float, ...]:
         strength, column = self._strength(call), self._column_root(call)
-        query = self._norm(call, "query", "|tr", strength)
+        query = self._norm(call, "query", "tr", strength)
         if geometry == "l2":
-            key = self._norm(call, "key", "|trc", [mul_up(s, c) for s, c in zip(strength, column, strict=True)])
-            return (add_up(self._norm(call, "value", "|c", column), query, key),)
+            key = self._norm(call, "key", "trc", [mul_up(s, c) for s, c in zip(strength, column, strict=True)])
+            return (add_up(self._norm(call, "value", "c", column), query, key),)
         terms = [
             add_up(self._head_norm(call, "value", h), mul_up(strength[h], self._head_norm(call, "key", h)))
             for h in range(call.attrs["heads"])
@@ -110,7 +109,7 @@ class SoftmaxAttention(Rule):
         return add_up(carried, mul_up(root_n, all_radii, add_up(score, soft)))
 
     def _projection_error(self, call: Call, slot: str, roundoff: float, total: float) -> float:
-        absolute = call.norm(slot, "|abs", lambda: np.abs(call.tensors[slot]))
+        absolute = call.norm(slot, "abs", lambda: np.abs(call.tensors[slot]))
         return mul_up(gamma(call.shapes[0][1] + 1, roundoff), absolute, total)
 
     def _highs(self, call: Call, slot: str) -> list[float]:
@@ -128,11 +127,11 @@ class SoftmaxAttention(Rule):
         """Bound |diag(scale) W| (monotone in the scale); the float64 product errs by u of its Frobenius norm."""
         rows = np.repeat(np.asarray(scale), call.tensors[slot].shape[0] // call.attrs["heads"])[:, None]
         norm = call.norm(slot, form, lambda: rows * call.tensors[slot])
-        return add_up(norm, mul_up(gamma(2), frobenius_norm_upper(rows * call.tensors[slot])))
+        return add_up(norm, mul_up(gamma(2), array_norm_up(rows * call.tensors[slot])))
 
     def _head_norm(self, call: Call, slot: str, head: int) -> float:
         rows = call.tensors[slot].shape[0] // call.attrs["heads"]
-        return call.norm(slot, f"|head{head}", lambda: call.tensors[slot][head * rows : (head + 1) * rows])
+        return call.norm(slot, f"head{head}", lambda: call.tensors[slot][head * rows : (head + 1) * rows])
 
 
 def _column_roots(tau: Array, n: int) -> list[float]:

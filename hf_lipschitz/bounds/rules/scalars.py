@@ -20,7 +20,7 @@ import numpy as np
 
 from .. import strict_json
 from ..errors import KernelError
-from ..rounding import Array, Enclosure
+from ..rounding import Array, Enclosure, largest
 
 _BINARY: dict[str, Callable[[Enclosure, Enclosure], Enclosure]] = {
     "add": Enclosure.__add__,
@@ -79,7 +79,7 @@ def enclose(expression: Any, tensors: Mapping[str, Array], roundoff: float = 0.0
         expression: JSON, see the module docstring.
         tensors: stored tensors by name, at most one-dimensional.
         roundoff: 0 for the real value; the unit roundoff u of a dtype for every value that a forward pass in that dtype
-            may compute (each operation and each constant widened by its rounding).
+            may compute (each operation and each constant widened by its rounding); NaN where that may overflow.
 
     Raises:
         KernelError: division by an enclosure of zero, a negative square root, a tensor that is not at most 1-D or not
@@ -90,8 +90,9 @@ def enclose(expression: Any, tensors: Mapping[str, Array], roundoff: float = 0.0
     head, *parts = cast("list[Any]", expression)
     if head == "tensor":
         value = tensors[parts[0]]
-        if value.ndim > 1 or value.size > MAX_ENTRIES or value.size == 0:
-            raise KernelError(f"tensor {parts[0]!r} of shape {value.shape} cannot stand in a scalar expression")
+        if value.dtype.kind != "f" or value.ndim > 1 or not 0 < value.size <= MAX_ENTRIES:
+            found = f"{value.dtype} of shape {value.shape}"
+            raise KernelError(f"tensor {parts[0]!r} is {found}: a scalar expression takes floats of one dimension")
         return Enclosure.exactly(value)
     arguments = [enclose(part, tensors, roundoff) for part in parts]
     if head in _UNARY:
@@ -101,4 +102,7 @@ def enclose(expression: Any, tensors: Mapping[str, Array], roundoff: float = 0.0
         if len(shapes) > 1:
             raise KernelError(f"scalar operation {head!r} combines tensors of shapes {sorted(shapes)}")
         result = _BINARY[head](*arguments)
-    return result.widened(_FORWARD_ULPS[head] * roundoff)
+    result = result.widened(_FORWARD_ULPS[head] * roundoff)
+    if roundoff and not np.all(np.maximum(np.abs(result.low), np.abs(result.high)) <= largest(roundoff)):
+        return Enclosure(result.low * np.nan, result.high * np.nan)
+    return result

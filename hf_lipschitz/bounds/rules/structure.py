@@ -156,7 +156,7 @@ class TokenMixing(Rule):
         return (mul_up(float(np.max(weight.sum(axis=1))), 1.0 + 2.0 * gamma(weight.shape[1])),)
 
     def rounding(self, call: Call, roundoff: float, incoming: tuple[Size, ...]) -> float:
-        absolute = call.norm("weight", "|abs", lambda: np.abs(call.tensors["weight"]))
+        absolute = call.norm("weight", "abs", lambda: np.abs(call.tensors["weight"]))
         return mul_up(gamma(call.shapes[0][0], roundoff), absolute, incoming[0].total)
 
 
@@ -173,7 +173,8 @@ class Offset(Rule):
     def shape(self, call: Call) -> Shape:
         shape, given = call.shapes[0], call.tensors["offset"].shape
         expected = (shape[-1] if call.attrs["axis"] == "channel" else shape[0],)
-        need(len(shape) <= 2, f"an offset is added to tokens, not to sample shape {shape}")
+        fits = len(shape) == 2 or (len(shape) == 1 and call.attrs["axis"] == "channel")
+        need(fits, f"an offset along the {call.attrs['axis']} axis does not fit sample shape {shape}")
         need(given == expected, f"tensor {call.names['offset']!r} has shape {given}, expected {expected}")
         return shape
 
@@ -232,13 +233,13 @@ class Residual(Rule):
 
     def gains(self, call: Call, geometry: Geometry) -> tuple[float, ...]:
         call.magnitude("weight")  # refuses weights of more than one entry
-        low, high = float(call.scalars["weight"].low), float(call.scalars["weight"].high)
+        low, high = call.scalars["weight"].low.item(), call.scalars["weight"].high.item()
         return max(abs(up(1.0 - low)), abs(up(high - 1.0))), max(abs(low), abs(high))
 
     def lipschitz(self, call: Call, geometry: Geometry, incoming: tuple[float, ...]) -> float:
         total = super().lipschitz(call, geometry, incoming)
         weight = call.scalars["weight"]
-        return min(total, max(incoming)) if float(weight.low) >= 0.0 and float(weight.high) <= 1.0 else total
+        return min(total, max(incoming)) if weight.low.item() >= 0.0 and weight.high.item() <= 1.0 else total
 
     def rounding(self, call: Call, roundoff: float, incoming: tuple[Size, ...]) -> float:
         deviation = call.deviations["weight"]
