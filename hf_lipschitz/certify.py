@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,12 +44,13 @@ def certify(
         rules: the rule table to trust.
 
     Raises:
-        UserError: the folder's model class states no program, or the folder is missing.
+        UserError: the model's class states no program of its own forward, or the folder is missing.
         KernelError: an operation without rule, NaN or infinite weights, tensors that the program does not cover.
     """
     if isinstance(target, str | os.PathLike):
         return _certify_folder(Path(target), norm, rules)
-    return make_certificate(target.bound_program(), state_arrays(target), {}, norm=norm, rules=rules)  # pyright: ignore
+    program = _own_program(type(target))(target)
+    return make_certificate(program, state_arrays(target), {}, norm=norm, rules=rules)
 
 
 def write_certificate(folder: str | os.PathLike[str], *, norm: Geometry = "l2") -> Certificate:
@@ -73,8 +75,9 @@ def make_certificate(
     derived = claimed(derive(program, weights, rules, geometry=norm))
     if not 0.0 < derived.bound.value < float("inf") or not 0.0 < derived.bound_features.value < float("inf"):
         raise KernelError("the bound is zero or infinite: such a certificate would say nothing")
+    finite = {dtype: bound for dtype, bound in derived.rounding.items() if math.isfinite(bound.logits_error)}
     return Certificate(
-        derived.bound, derived.bound_features, derived.rounding, derived.matrices, program, dict(files), _versions()
+        derived.bound, derived.bound_features, finite, derived.matrices, program, dict(files), _versions()
     )
 
 
@@ -114,10 +117,17 @@ def program_of_class(kind: type[PreTrainedModel], config: Any) -> Program:
 
     with no_init_weights(), torch.device("meta"):
         model = kind(config)
-    build = getattr(model, "bound_program", None)
-    if build is None:
+    return _own_program(kind)(model)
+
+
+def _own_program(kind: type) -> Callable[[Any], Program]:
+    """The ``bound_program`` of a class, if no subclass overrides the forward that it speaks of."""
+    definer = {name: next((c for c in kind.__mro__ if name in vars(c)), None) for name in ("bound_program", "forward")}
+    if definer["bound_program"] is None:
         raise UserError(f"{kind.__name__} states no bound program: certify supports models with a bound_program method")
-    return build()
+    if definer["bound_program"] is not definer["forward"]:
+        raise UserError(f"{kind.__name__} overrides forward without its own bound_program: add one beside it")
+    return vars(definer["bound_program"])["bound_program"]
 
 
 def model_class(config: Any) -> type[PreTrainedModel]:
@@ -127,7 +137,7 @@ def model_class(config: Any) -> type[PreTrainedModel]:
     from transformers.models.auto import modeling_auto
 
     names = getattr(config, "architectures", None) or []
-    if len(names) != 1:
+    if not isinstance(names, list) or len(names) != 1:
         raise UserError(f"{CONFIG}: 'architectures' is {names}; expected exactly one class name")
     for auto_name in ("AutoModelForImageClassification", "AutoModelForCausalLM", "AutoModel"):
         kind = getattr(modeling_auto, auto_name)._model_mapping.get(type(config), None)

@@ -261,8 +261,8 @@ def _promise_section(certificate: Certificate) -> str:
     return (
         "## What the certificate promises, and what it does not\n\n"
         f"It promises that any {moved} at distance at most {rounded_up(bound.value)} * e, for the function that its "
-        "bound program describes, with exactly these weights, in evaluation mode. `hf-lipschitz verify` re-derives the bound "
-        "from the weights without running code of this repository, rebuilds the program from the model class and "
+        "bound program describes, with exactly these weights, in evaluation mode. `hf-lipschitz verify` re-derives the "
+        "bound from the weights without running code of this repository, rebuilds the program from the model class and "
         "compares it, and runs both.\n\n"
         "It does not speak of\n\n"
         "- weights changed in any way: fine-tuned, cast, quantised, merged. Save the model again to certify it anew;\n"

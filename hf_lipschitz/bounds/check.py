@@ -133,9 +133,8 @@ def _compare(report: Report, certificate: Certificate, weights: Weights, rules: 
     report.derived, report.claims["bound"] = derived, "ok"
     for mine, theirs in ((derived.bound, certificate.bound), (derived.bound_features, certificate.bound_features)):
         if (mine.norm, mine.origin, mine.to) != (theirs.norm, theirs.origin, theirs.to):
-            report.fail(
-                "bound", f"the bound to {theirs.to} speaks of {theirs.norm} from {theirs.origin}, the program does not"
-            )
+            stated = f"{theirs.norm} from {theirs.origin!r}"
+            report.fail("bound", f"the bound to {theirs.to} speaks of {stated}, the program does not")
         elif not mine.value <= theirs.value:
             report.fail(
                 "bound",
@@ -151,7 +150,7 @@ def _compare(report: Report, certificate: Certificate, weights: Weights, rules: 
             and mine.logits_error <= theirs.logits_error
         ):
             report.fail("rounding", f"the rounding allowance for {dtype} is smaller than what the program needs")
-    for label, mine in derived.matrices.items():
-        stated = certificate.matrices.get(label)
-        if stated is None or not mine.value <= mul_up(stated.value, SLACK):
-            report.fail("bound", f"matrix {label!r}: the norm stated for it is missing or below {mine.value!r}")
+    for label in sorted({*derived.matrices, *certificate.matrices}):
+        mine, stated = derived.matrices.get(label), certificate.matrices.get(label)
+        if mine is None or stated is None or not mine.value <= mul_up(stated.value, SLACK):
+            report.fail("bound", f"matrix {label!r}: the norm stated for it is missing, not needed, or too small")

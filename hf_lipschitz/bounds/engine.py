@@ -7,7 +7,8 @@ pass in a floating-point dtype strays from it. Everything unknown is an error th
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+import math
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from .errors import KernelError
 from .program import Node, Program
-from .rounding import UNIT_ROUNDOFF, Array, add_up, mul_up, sqrt_up
+from .rounding import UNIT_ROUNDOFF, Array, add_up, array_norm_up, largest, mul_up, sqrt_up
 from .rule import GEOMETRIES, Call, Geometry, NodeBound, NormTable, Rule, Shape, Size, tightened
 from .rules.scalars import enclose
 
@@ -78,7 +79,7 @@ def bound_program(
     shapes: list[Shape] = []
     for index, node in enumerate(program.nodes):
         with _place(index, node):
-            rule, call = _prepare(node, weights, rules, shapes, norms)
+            rule, call = _prepare(index, node, weights, rules, shapes, norms)
             incoming = [bounds[i] for i in node.inputs]
             shape = rule.shape(call)
             factor = 1.0 if rule.arity == 0 else rule.lipschitz(call, geometry, tuple(b.lipschitz for b in incoming))
@@ -100,7 +101,7 @@ def evaluate_program(
     norms, values, shapes = NormTable(), list[Array](), list[Shape]()
     for index, node in enumerate(program.nodes):
         with _place(index, node):
-            rule, call = _prepare(node, weights, rules, shapes, norms)
+            rule, call = _prepare(index, node, weights, rules, shapes, norms)
             shape = rule.shape(call)
             arguments = (np.asarray(inputs, dtype=np.float64),) if rule.arity == 0 else [values[i] for i in node.inputs]
             value = rule.apply(call, *arguments)
@@ -117,18 +118,19 @@ def rounding_error(
     """Bound the distance between the exact outputs and those of a forward pass in ``dtype``, over the whole domain.
 
     Each node turns the errors of its inputs into at most ``lipschitz(errors)`` and adds its own local error, taken at
-    the *computed* inputs, whose size is at most the exact size plus the error so far. Weights are used as stored, so
-    they must be exact in ``dtype``; products in TF32, Winograd or FFT convolutions and reduced-precision sums are not
-    covered.
+    the *computed* inputs, whose size is at most the exact size plus the error so far. The bound is infinite where
+    something may overflow in ``dtype``, and everywhere if a weight is not exact in it; products in TF32, Winograd or
+    FFT convolutions and reduced-precision sums are not covered.
 
     Source: ``||x^_L - f(x)|| <= sum_l Lip(f_L o ... o f_{l+1}) ||delta_l(x^_{l-1})||`` (telescoping sum).
     """
     roundoff = UNIT_ROUNDOFF[dtype]
     tiny = 2.0**-900 if dtype == "float64" else 2.0**-100  # covers underflow of every operation of one output entry
+    sound = all(_fits(array, dtype) for array in weights.values())
     errors: list[float] = []
     for index, node in enumerate(program.nodes):
         with _place(index, node):
-            rule, call = _prepare(node, weights, rules, list(bound.shapes), bound.norms, roundoff)
+            rule, call = _prepare(index, node, weights, rules, bound.shapes, bound.norms, roundoff)
             if rule.arity == 0:
                 errors.append(0.0)
                 continue
@@ -136,9 +138,12 @@ def rounding_error(
                 Size(add_up(bound.nodes[i].size.token, errors[i]), add_up(bound.nodes[i].size.total, errors[i]))
                 for i in node.inputs
             )
-            local = rule.rounding(call, roundoff, computed)
+            sound = sound and all(map(math.isfinite, call.deviations.values()))
+            local = rule.rounding(call, roundoff, computed) if sound else math.inf
             carried = rule.lipschitz(call, "l2", tuple(errors[i] for i in node.inputs))
-            errors.append(add_up(carried, local, mul_up(tiny, sqrt_up(float(np.prod(bound.shapes[index]))))))
+            error = add_up(carried, local, mul_up(tiny, sqrt_up(float(np.prod(bound.shapes[index])))))
+            sound = max(bound.nodes[index].size.total, error, *(s.total for s in computed)) <= largest(roundoff)
+            errors.append(error if sound else math.inf)
     features, logits = program.outputs["features"], program.outputs["logits"]
     return RoundingBound(errors[features], add_up(bound.nodes[features].size.total, errors[features]), errors[logits])
 
@@ -155,6 +160,8 @@ def check_coverage(program: Program, weights: Mapping[str, Array]) -> None:
     reads.
     """
     needed = program.tensor_names()
+    for name in sorted(name for name in needed if "|" in name):
+        raise KernelError(f"tensor {name!r}: a name with '|' could be taken for a norm derived from another tensor")
     for name in sorted(needed - set(weights)):
         raise KernelError(f"tensor {name!r} is read by the program but missing from the weights")
     for name in sorted(set(weights) - needed):
@@ -162,11 +169,21 @@ def check_coverage(program: Program, weights: Mapping[str, Array]) -> None:
             raise KernelError(f"tensor {name!r} is stored but not covered by the program: nothing bounds what it does")
 
 
+def _fits(array: Array, dtype: str) -> bool:
+    """Whether a tensor's entries, and sums of their squares, are exact or in range in a dtype (counters always are)."""
+    if array.dtype.kind != "f" or not array_norm_up(array) <= largest(UNIT_ROUNDOFF[dtype]):
+        return array.dtype.kind != "f"
+    single = array.astype(np.float64 if dtype == "float64" else np.float32)
+    halves = dtype != "bfloat16" or not np.any(np.ascontiguousarray(single).view(np.uint32) & 0xFFFF)
+    return bool(halves and np.array_equal(single, array))
+
+
 def _prepare(
+    index: int,
     node: Node,
     weights: Mapping[str, Array],
     rules: Mapping[str, Rule],
-    shapes: list[Shape],
+    shapes: Sequence[Shape],
     norms: NormTable,
     roundoff: float = 0.0,
 ) -> tuple[Rule, Call]:
@@ -190,7 +207,7 @@ def _prepare(
         farthest = np.maximum(forward.high - exact.low, exact.high - forward.low)
         deviations[slot] = float(np.max(farthest)) * (1.0 + 2.0**-50)
     inputs = tuple(shapes[i] for i in node.inputs)
-    return rule, Call(node.attrs, inputs, tensors, node.tensors, scalars, norms, deviations)
+    return rule, Call(index, node.attrs, inputs, tensors, node.tensors, scalars, norms, deviations)
 
 
 def _tensor(weights: Mapping[str, Array], name: str, dimensions: int) -> Array:

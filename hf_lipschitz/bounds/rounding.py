@@ -85,6 +85,7 @@ def largest(roundoff: float) -> float:
     return 2.0**500 if roundoff == U else 2.0**60
 
 
+@np.errstate(over="ignore")  # what overflows becomes an infinite bound
 def array_norm_up(values: Array) -> float:
     """An upper bound of the Euclidean norm of all entries of a finite float array.
 
@@ -141,7 +142,9 @@ class Enclosure:
         """Square root; refuses intervals that reach below zero."""
         if np.any(self.low < 0.0):
             raise KernelError("a scalar expression takes the square root of a negative number")
-        return Enclosure(np.maximum(np.nextafter(np.sqrt(self.low), -1.0), 0.0), np.nextafter(np.sqrt(self.high), np.inf))
+        return Enclosure(
+            np.maximum(np.nextafter(np.sqrt(self.low), -1.0), 0.0), np.nextafter(np.sqrt(self.high), np.inf)
+        )
 
     def exp(self) -> Enclosure:
         """Exponential."""

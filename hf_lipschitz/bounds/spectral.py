@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .errors import KernelError
-from .rounding import Array, U, add_up, array_norm_up, div_up, down, gamma, mul_up, sqrt_up, up
+from .rounding import Array, U, add_up, div_up, down, gamma, mul_up, sqrt_up, up
 from .trust import flushes_to_zero
 
 _SCALARS = 1.0 + 32.0 * U
@@ -45,6 +45,7 @@ class NormBound:
     witness: float | None = None
 
 
+@np.errstate(over="ignore")  # what overflows becomes an infinite bound
 def spectral_norm_upper(matrix: Array, *, witness: float | None = None) -> NormBound:
     """Bound the largest singular value of a real matrix from above, rigorously and tightly.
 
@@ -74,9 +75,9 @@ def spectral_norm_upper(matrix: Array, *, witness: float | None = None) -> NormB
 
 def _checked(matrix: Array) -> Array:
     array = np.asarray(matrix)
-    if array.ndim != 2 or array.dtype.kind != "f":
+    if array.ndim != 2 or array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise KernelError(
-            f"a spectral norm needs a real floating-point matrix, got {array.dtype} of shape {array.shape}"
+            f"a spectral norm needs a real matrix of at most 64-bit floats, got {array.dtype} {array.shape}"
         )
     a = array.astype(np.float64)
     if not np.all(np.isfinite(a)):
@@ -119,7 +120,8 @@ def _best_squared(a: Array, witness: float | None) -> NormBound:
 def _near_orthogonal(gram: Array, centre: float, gram_error: float) -> NormBound | None:
     deviation = gram.copy()
     deviation[np.diag_indices_from(deviation)] -= centre
-    distance = mul_up(1.001, min(float(np.linalg.norm(deviation)), _largest_sum(np.abs(deviation))))
+    sums = max(_largest_sum(np.abs(deviation)), _largest_sum(np.abs(deviation.T)))
+    distance = mul_up(1.001, min(float(np.linalg.norm(deviation)), sums))
     if not distance <= _NEAR_ORTHOGONAL * centre:
         return None
     squared = mul_up(add_up(mul_up(centre, 1.0 + 2.0 * U), distance, gram_error), _SCALARS)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,8 +28,8 @@ def parse(data: bytes, where: str) -> Any:
     if len(data) > MAX_BYTES:
         raise KernelError(f"{where}: {len(data)} bytes of JSON exceed the limit of {MAX_BYTES}")
     try:
-        numbers = {"parse_int": _number, "parse_float": _number, "parse_constant": _number}
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, **numbers)
+        hooks: dict[str, Any] = {"parse_int": _number, "parse_float": _number, "parse_constant": _number}
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_no_duplicates, **hooks)
     except KernelError as error:
         raise KernelError(f"{where}: {error}") from None
     except RecursionError:
@@ -109,7 +110,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _number(text: str) -> float | int:
     value = int(text) if text.lstrip("-").isdigit() else float(text)
-    if not abs(value) <= (2**53 if isinstance(value, int) else 2.0**1023):
+    if not abs(value) < (2**53 + 1 if isinstance(value, int) else math.inf):
         raise KernelError(f"{text[:40]} is not a number that every reader holds")
     return value
 

@@ -21,16 +21,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 16 * 2**20
 MAX_FILE = 2**38
-_DTYPES = {
-    "F64": "<f8",
-    "F32": "<f4",
-    "F16": "<f2",
-    "BF16": "<u2",
-    "I64": "<i8",
-    "I32": "<i4",
-    "U8": "|u1",
-    "BOOL": "|b1",
-}
+_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}  # integers: counters, never read
 
 
 class Weights(dict[str, Array]):
@@ -53,9 +44,7 @@ def read_weights(folder: Path) -> Weights:
         _read_file(folder, SINGLE, weights)
         return weights
     if not (folder / INDEX).exists():
-        raise KernelError(
-            f"no {SINGLE} and no {INDEX} in {folder.name or folder}: save the model with safetensors first"
-        )
+        raise KernelError(f"no {SINGLE} and no {INDEX} in {folder.name or folder}: save the model as safetensors")
     data = strict_json.read_bytes(folder / INDEX)
     index = strict_json.object_of(strict_json.parse(data, INDEX), INDEX)
     shard_of = strict_json.strings_of(index.get("weight_map"), f"{INDEX}: weight_map")
@@ -81,7 +70,7 @@ def _read_file(folder: Path, file_name: str, weights: Weights) -> list[str]:
         begin, end = entry["data_offsets"]
         if begin != expected or end > len(data) - start:
             raise KernelError(
-                f"{file_name}: tensor {name!r} leaves a hole, overlaps or reaches beyond the file (truncated?)"
+                f"{file_name}: tensor {name!r} leaves a hole, overlaps, or ends beyond the file (truncated?)"
             )
         if name in weights:
             raise KernelError(f"{file_name}: tensor {name!r} is stored twice")

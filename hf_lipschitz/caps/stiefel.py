@@ -63,14 +63,10 @@ def stiefel(weight: Tensor, *, value: float = 1.0, slack: float | None = None) -
 
 
 def _to_unit_size(stack_SKN: Tensor, value: float) -> Tensor:
-    """Divide by the value, or by the largest entry where that is far from what orthonormal rows can have."""
+    """Divide by the value, or by the largest entry where that is more than orthonormal rows can have."""
     work = torch.promote_types(stack_SKN.dtype, torch.float32)
-    sizes = [peak if peak > 2.0 * value or 0.0 < peak < 1e-6 * value else value for peak in peaks(stack_SKN, "stiefel")]
-    if all(1e-30 < size < 1e30 for size in sizes):
-        return stack_SKN.to(work) / torch.tensor(sizes, dtype=work, device=stack_SKN.device)[:, None, None]
-    exact_SKN = float64(stack_SKN)  # float32 holds such sizes badly or not at all
-    divisors = torch.tensor(sizes, dtype=torch.float64, device=exact_SKN.device)
-    return (exact_SKN / divisors[:, None, None]).to(stack_SKN.device, work)
+    sizes = [max(peak if peak > 2.0 * value else value, torch.finfo(work).tiny) for peak in peaks(stack_SKN, "stiefel")]
+    return stack_SKN.to(work) / torch.tensor(sizes, dtype=work, device=stack_SKN.device)[:, None, None]
 
 
 def _near_orthonormal(x_SKN: Tensor) -> Tensor:

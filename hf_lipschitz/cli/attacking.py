@@ -44,7 +44,7 @@ def attack_inside(
     import torch
 
     single, double = (copy.deepcopy(model).to(dtype).eval() for dtype in (torch.float32, torch.float64))
-    options = {"steps": steps, "restarts": restarts, "seed": seed, "advance": advance}
+    options: dict[str, Any] = {"steps": steps, "restarts": restarts, "seed": seed, "advance": advance}
     control = {**options, "restarts": 1}
     return {
         "float32": _attack(single, pixel_values, evaluation, 1.0, **options),
@@ -61,7 +61,7 @@ def _attack(
     *,
     seed: int,
     advance: Callable[[int], None],
-    **options: int,
+    **options: Any,
 ) -> dict[str, Any]:
     from hf_lipschitz.evaluation.attacks import pgd_attack
 

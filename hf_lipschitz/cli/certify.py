@@ -1,4 +1,4 @@
-"""`hf-lipschitz certify`: bound a checkpoint folder's Lipschitz constant and write the certificate beside the weights."""
+"""`hf-lipschitz certify`: bound a folder's Lipschitz constant and write the certificate beside the weights."""
 
 from __future__ import annotations
 

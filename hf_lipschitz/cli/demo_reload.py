@@ -21,6 +21,7 @@ def reload(folder: str, images: str) -> dict[str, Any]:
 
     import hf_lipschitz  # the only thing needed for the Auto classes to know the model
 
+    torch.set_num_threads(1)  # as in the demo itself
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
     processor = AutoImageProcessor.from_pretrained(folder)
     pictures = [Image.fromarray(pixels[0]) for pixels in np.load(images)["pixel_values"]]

@@ -34,7 +34,9 @@ def evaluate(
     label_column: Annotated[str | None, typer.Option("--data.label_column", metavar="NAME")] = None,
     resize: Annotated[bool, typer.Option("--data.resize", help="Resize images to the model's size.")] = False,
     radii: Annotated[str, typer.Option(metavar="R,R", help="l2 radii in pixel units, fractions allowed.")] = _RADII,
-    attack: Annotated[bool, typer.Option(help="Also run a 50-step PGD attack just inside the certified radii.")] = False,
+    attack: Annotated[
+        bool, typer.Option(help="Also run a 50-step PGD attack just inside the certified radii.")
+    ] = False,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N images.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 256,
     card: Annotated[bool, typer.Option(help="Write the figures into the model card.")] = True,
@@ -86,12 +88,16 @@ def parse_radii(text: str) -> tuple[float, ...]:
 
 def _load(folder: Path, spec: dict[str, Any], split: str, limit: int | None) -> tuple[Any, Any]:
     """The model of a verified folder, and the images that fit it."""
+    import torch
     from transformers import AutoModelForImageClassification
 
     from hf_lipschitz.training.data import ImageData, load_image_data
     from hf_lipschitz.training.recipe import DataSection
 
+    if spec["path"] == "digits" and split not in ("train", "test"):
+        raise UserError(f"digits has no part {split!r}: choose --data.split train or test")
     model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True).eval()
+    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
     section = DataSection(**spec, test_split=split)
     part = "train" if split == "train" else "test"
     data = load_image_data(section, part, size=model.config.image_size, channels=model.config.num_channels)

@@ -96,7 +96,8 @@ def _usage(error: typer.TyperException) -> int:
     """A mistake in the command line itself: one line, with the command to look it up."""
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "hf-lipschitz"
-    complain(f"{error.format_message().rstrip('.')}; see {command} --help")
+    said = error.format_message().replace("Value error, ", "").rstrip(".?")
+    complain(f"{said}; see {command} --help")
     return WRONG_USE
 
 

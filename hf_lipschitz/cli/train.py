@@ -70,7 +70,7 @@ def recipe_overrides(arguments: Sequence[str]) -> dict[str, str]:
     return overrides
 
 
-def _train(config: str, overrides: dict[str, str], output: Path, **options: bool) -> tuple[Any, Any]:
+def _train(config: str, overrides: dict[str, str], output: Path, **options: Any) -> tuple[Any, Any]:
     from hf_lipschitz.training.recipe import load_recipe
 
     recipe = load_recipe(config, overrides)  # before the slow imports, so that a typing mistake shows at once
@@ -80,11 +80,24 @@ def _train(config: str, overrides: dict[str, str], output: Path, **options: bool
     from hf_lipschitz.training.run import train as run
 
     quiet_transformers()
+    _check_arguments(recipe, output)
     trained = run(recipe, output, **options)
     certificate = Certificate.from_bytes(strict_json.read_bytes(trained.folder / FILE_NAME))
     write_model_card(trained.folder, recipe=recipe.to_yaml(), certificate=certificate)
     note(f"wrote {trained.folder}")
     return trained, certificate
+
+
+def _check_arguments(recipe: Any, output: Path) -> None:
+    """Values that transformers does not take (a schedule, a strategy) are the user's to mend, so they are one line."""
+    from hf_lipschitz.training.run import training_arguments
+
+    try:
+        training_arguments(recipe, output)
+    except UserError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise UserError(f"the recipe's section 'trainer' is refused by transformers: {error}") from None
 
 
 def _refuse_strangers(folder: Path) -> None:

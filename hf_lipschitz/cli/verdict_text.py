@@ -26,7 +26,9 @@ def verdict_lines(verdict: Any, *, require: str) -> list[str]:
     for claim, state in verdict.claims.items():
         lines.append(f"  {claim:<9}{state.replace('_', ' '):<13}{_ABOUT[claim]}")
     if require == "bound":
-        lines.append("  claim 1 only: whether the model class computes this program was not checked (--require program)")
+        lines.append(
+            "  claim 1 only: whether the model class computes this program was not checked (--require program)"
+        )
     if verdict.certificate is not None:
         lines += [f"  {bound_text(b)}" for b in (verdict.certificate.bound, verdict.certificate.bound_features)]
     lines += [f"  failed: {reason}" for reason in verdict.reasons]
@@ -39,8 +41,8 @@ def verdict_lines(verdict: Any, *, require: str) -> list[str]:
 def bound_text(bound: Any) -> str:
     """A ``Bound`` in words, its value rounded up to six digits."""
     value = decimal.Context(prec=6, rounding=decimal.ROUND_CEILING).create_decimal(decimal.Decimal(bound.value))
-    log10 = bound.to_json()["log10"]
-    return f"Lipschitz bound {value} (log10 {log10:+.3f}) in {bound.norm} from {bound.origin} to {bound.to}"
+    log10 = bound.to_json()["log10"] + 0.0005  # rounded up too
+    return f"Lipschitz bound {value} (log10 {log10:.3f}) in {bound.norm} from {bound.origin} to {bound.to}"
 
 
 def verified_or_exit(source: str, *, as_json: bool, **options: Any) -> Any:

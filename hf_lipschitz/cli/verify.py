@@ -37,7 +37,7 @@ def verify(
     endpoint: EndpointOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check a checkpoint against its certificate: exit status 0 if it holds, 1 if it does not, 2 if it cannot be read."""
+    """Check a checkpoint against its certificate. Exit status: 0 it holds, 1 it does not, 2 it cannot be read."""
     from hf_lipschitz.verification import verify as check
 
     with working():

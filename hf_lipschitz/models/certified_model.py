@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers.modeling_utils import PreTrainedModel
 from transformers.utils.hub import cached_file
 
@@ -15,7 +17,7 @@ from hf_lipschitz.bounds import strict_json
 from hf_lipschitz.bounds.certificate import FILE_NAME, Certificate
 from hf_lipschitz.bounds.errors import KernelError
 from hf_lipschitz.bounds.program import Program
-from hf_lipschitz.bounds.weights import read_weights
+from hf_lipschitz.bounds.weights import INDEX, SINGLE
 from hf_lipschitz.certify import write_certificate
 from hf_lipschitz.remote_code import AUTO_MAP, write_remote_file
 
@@ -42,39 +44,38 @@ class CertifiedModel(PreTrainedModel):
     def certificate(self) -> Certificate | None:
         """The certificate of exactly the weights in memory, or None with an ``UncertifiedWarning`` that says why.
 
-        Every stored tensor is compared, bit for bit, with the file that the certificate covers, so a cast, quantised,
-        resized, merged or further trained model has none. Costs one reading of the weight files.
+        Every stored tensor is compared, bit for bit, with the file that the certificate covers, and the layers with its
+        program, so a cast, quantised, resized, merged, rebuilt or further trained model has none. Costs one reading of
+        the weight files.
         """
         try:
             return self._checked_certificate()
-        except KernelError as error:
+        except ValueError as error:
             warnings.warn(f"this model has no certificate: {error}", UncertifiedWarning, stacklevel=2)
             return None
 
     def _checked_certificate(self) -> Certificate:
         if self._certified_folder is None:
             raise KernelError(self._uncertified_reason)
-        certificate = Certificate.from_bytes(strict_json.read_bytes(self._certified_folder / FILE_NAME))
-        stored = read_weights(self._certified_folder)
-        if any(certificate.files.get(name) != digest for name, digest in stored.digests.items()):
-            raise KernelError(f"the certificate in {self._certified_folder.name} is of other weight files")
+        certificate, stored = _certified_tensors(self._certified_folder)
         state = self.state_dict()
         if set(state) != set(stored):
             raise KernelError(
                 f"its tensors are not those of the certified file: {sorted(set(state) ^ set(stored))[:3]}"
             )
         for name, tensor in state.items():
-            if _stored_dtype(tensor) != stored.dtypes[name]:
+            if tensor.dtype != stored[name].dtype:
                 raise KernelError(
-                    f"tensor {name!r} is {tensor.dtype}, certified as {stored.dtypes[name]}: certify the cast copy"
+                    f"tensor {name!r} is {tensor.dtype}, certified as {stored[name].dtype}: certify the cast copy"
                 )
-            # stored arrays lie in read-only memory: copied, since torch would warn
-            if tensor.shape != stored[name].shape or not torch.equal(
-                tensor.cpu().float(), torch.from_numpy(stored[name].copy()).float()
-            ):
+            if tensor.shape != stored[name].shape or not torch.equal(_bits(tensor), _bits(stored[name])):
                 raise KernelError(
                     f"tensor {name!r} has changed since it was certified: save the model to certify it anew"
                 )
+        if self.bound_program().canonical_bytes() != certificate.program.canonical_bytes():
+            raise KernelError(
+                "its layers are not those that the certificate describes: save the model to certify it anew"
+            )
         return certificate
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
@@ -87,6 +88,7 @@ class CertifiedModel(PreTrainedModel):
         self.config.auto_map = dict(AUTO_MAP)
         if main and folder.is_dir():
             (folder / FILE_NAME).unlink(missing_ok=True)
+            (folder / INDEX).unlink(missing_ok=True)
         super().save_pretrained(save_directory, *args, **kwargs)
         if main and folder.is_dir() and not (folder / FILE_NAME).exists():
             self._write_extras(folder)
@@ -98,7 +100,10 @@ class CertifiedModel(PreTrainedModel):
 
     def _write_extras(self, folder: Path) -> None:
         write_remote_file(folder)
-        _remove_stale_index(folder)
+        if (
+            folder / INDEX
+        ).exists():  # of this save: transformers would go on loading the single file of an earlier one
+            (folder / SINGLE).unlink(missing_ok=True)
         try:
             write_certificate(folder)
         except ValueError as error:
@@ -147,20 +152,24 @@ class CertifiedModel(PreTrainedModel):
         )
 
 
-def _stored_dtype(tensor: torch.Tensor) -> str:
-    names = {
-        torch.float64: "F64",
-        torch.float32: "F32",
-        torch.float16: "F16",
-        torch.bfloat16: "BF16",
-        torch.int64: "I64",
-    }
-    return names.get(tensor.dtype, str(tensor.dtype))
+def _certified_tensors(folder: Path) -> tuple[Certificate, dict[str, torch.Tensor]]:
+    """The certificate of a folder and the tensors that it covers; files may be links, as in the cache of the Hub."""
+    certificate = Certificate.from_bytes(strict_json.read_bytes((folder / FILE_NAME).resolve()))
+    stored: dict[str, torch.Tensor] = {}
+    for name, digest in certificate.files.items():
+        path = (folder / name).resolve()
+        if not path.is_file() or _sha256(path) != digest:
+            raise KernelError(f"{name} in {folder.name} is not the file that was certified: save the model again")
+        if name.endswith(".safetensors"):
+            stored.update(load_file(path))
+    return certificate, stored
 
 
-def _remove_stale_index(folder: Path) -> None:
-    """transformers leaves the index of an earlier sharded save beside a new single file, where it would mislead
-    readers.
-    """
-    if (folder / "model.safetensors").exists():
-        (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes of a tensor, on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

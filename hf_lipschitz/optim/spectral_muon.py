@@ -268,10 +268,9 @@ def spectral_muon() -> Callable[..., SpectralMuon]:
 
     The Trainer calls it without arguments, then calls what it returns with the model and the dictionary. It does
     *not* add its ``learning_rate``, so give it: ``{"args": training_arguments}`` takes ``learning_rate`` and
-    ``weight_decay`` (both for matrices) from the TrainingArguments (set it: their default, 5e-5, suits AdamW and hardly
-    moves a matrix by this measure); ``{"lr": 0.05}`` sets it directly.
-    ``{"constraints": [...]}`` replaces ``model.config.constraints``; the remaining keys are those of
-    ``SpectralMuon``.
+    ``weight_decay`` (both for matrices) from the TrainingArguments, whose default of 5e-5 suits AdamW and hardly moves
+    a matrix by this measure; ``{"lr": 0.05}`` sets it directly. ``{"constraints": [...]}`` replaces
+    ``model.config.constraints``; the remaining keys are those of ``SpectralMuon``.
     """
     return _from_trainer
 

@@ -4,7 +4,9 @@ certified.
 
 from __future__ import annotations
 
+import os
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +17,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_lipschitz.bounds.certificate import FILE_NAME
 from hf_lipschitz.bounds.engine import bound_program
+from hf_lipschitz.bounds.errors import KernelError
 from hf_lipschitz.bounds.rules.table import BUILT_IN
 from hf_lipschitz.certify import state_arrays
 from hf_lipschitz.errors import UserError
+from hf_lipschitz.models.certified_model import UncertifiedWarning
 from hf_lipschitz.optim.enforcement import Enforcer, bare_model
+from hf_lipschitz.optim.routing import read_constraints
 from hf_lipschitz.remote_code import REMOTE_FILE_NAME
 
 BOUND_KEY = "lipschitz_bound"
@@ -36,37 +41,55 @@ class LipschitzCallback(TrainerCallback):
         constraint: rules as in ``config.constraints``; None takes those of the model, which are those of the
             checkpoint it was loaded from.
         log_bound: whether log lines carry the two figures (they cost float64 norms of all matrices).
+
+    A model without ``bound_program`` is kept within its caps too, with an ``UncertifiedWarning``: neither its log lines
+    nor its checkpoints can state a bound.
+
+    Raises:
+        UserError: a rule of ``constraint`` is malformed.
     """
 
     def __init__(self, constraint: Sequence[Mapping[str, Any]] | None = None, *, log_bound: bool = True) -> None:
-        self.constraint = list(constraint) if constraint is not None else None
+        self.constraint = None if constraint is None else [rule.to_dict() for rule in read_constraints(constraint)]
         self.log_bound = log_bound
         self.enforcer: Enforcer | None = None
         self._hook: Any = None
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Refuse ``hub_always_push``, under which a commit can pair new weights with an old certificate."""
-        if args.push_to_hub and args.hub_always_push:
-            raise UserError(
-                "hub_always_push=True overwrites files that an earlier push still reads, so a commit can pair new "
-                "weights with an old certificate: leave it False"
-            )
+        _refuse_always_push(args)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Route the constraint, make the initial weights satisfy it, and attach the caps to the optimizer."""
-        model, optimizer = kwargs["model"], kwargs["optimizer"]
-        if self.constraint is not None:
-            model.config.constraints = self.constraint  # saved with the checkpoint, for whoever trains on
+        """Route the constraint, make the initial weights satisfy it, and attach the caps to the optimizer.
+
+        Raises:
+            UserError: the constraint does not fit the model, a weight is sharded or not finite, or hub_always_push.
+        """
+        _refuse_always_push(args)  # again: a callback added later misses on_init_end
+        self._detach()  # of a run that an error ended
+        model: Any = bare_model(kwargs["model"])
         self.enforcer = Enforcer(model, self.constraint)
-        self.enforcer.apply()
-        self._hook = self.enforcer.attach(optimizer)
+        _repair(self.enforcer)
+        if self.constraint is not None and hasattr(model, "config"):
+            model.config.constraints = self.constraint  # saved with the checkpoint, for whoever trains on
+        if not hasattr(model, "bound_program"):
+            warnings.warn(
+                f"{type(model).__name__} states no bound program, so its norms are kept but neither log lines nor "
+                "checkpoints get a Lipschitz bound: give the class a bound_program method to have one",
+                UncertifiedWarning,
+                stacklevel=2,
+            )
+        self._hook = self.enforcer.attach(kwargs["optimizer"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Detach from the optimizer."""
+        self._detach()
+
+    def _detach(self) -> None:
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -88,24 +111,26 @@ class LipschitzCallback(TrainerCallback):
             state.log_history[-1].update(figures)
 
     def figures(self, model: torch.nn.Module) -> dict[str, float]:
-        """``lipschitz_bound`` and ``cap_excess_max`` of the weights as they are now."""
+        """``lipschitz_bound`` and ``cap_excess_max`` of the weights as they are now; the former only where it is known.
+
+        Raises:
+            UserError: the weights have no bound; the message names the tensor.
+        """
         enforcer = self.enforcer or Enforcer(model, self.constraint)
-        bare = bare_model(model)
+        bare: Any = bare_model(model)
         found = {EXCESS_KEY: enforcer.max_excess()}
         if hasattr(bare, "bound_program"):
-            bound = bound_program(bare.bound_program(), state_arrays(bare), BUILT_IN)  # pyright: ignore
+            try:
+                bound = bound_program(bare.bound_program(), state_arrays(bare), BUILT_IN)
+            except KernelError as error:
+                raise UserError(f"the weights have no Lipschitz bound ({error}): load the last good ones") from error
             found[BOUND_KEY] = bound.outputs["logits"].lipschitz
         return found
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop where a checkpoint was written without a certificate (NaN weights, a sharded format)."""
-        folder = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        certifies = hasattr(bare_model(kwargs["model"]), "bound_program")
-        if state.is_world_process_zero and certifies and folder.is_dir() and not (folder / FILE_NAME).exists():
-            raise UserError(
-                f"{folder.name} was written without a certificate: see the warning above (weights not finite, or "
-                "a sharded checkpoint format, which cannot carry one)"
-            )
+        if state.is_world_process_zero and hasattr(bare_model(kwargs["model"]), "bound_program"):
+            _require_certificate(_checkpoint(args, state))
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -114,10 +139,58 @@ class LipschitzCallback(TrainerCallback):
 
         The Trainer copies a fixed list of files from the checkpoint to ``output_dir`` and uploads that; this runs
         before.
+
+        Raises:
+            UserError: the checkpoint has no certificate, so that pushing it would pair its weights with an older one.
         """
-        checkpoint = Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if not checkpoint.is_dir():
+        checkpoint, target = _checkpoint(args, state), Path(args.output_dir or ".")
+        if not state.is_world_process_zero or not checkpoint.is_dir():
             return
+        if hasattr(bare_model(kwargs["model"]), "bound_program"):
+            _require_certificate(checkpoint)
         for name in (FILE_NAME, REMOTE_FILE_NAME):
             if (checkpoint / name).is_file():
-                shutil.copyfile(checkpoint / name, Path(args.output_dir or ".") / name)
+                _replace(checkpoint / name, target / name)
+
+
+def _refuse_always_push(args: TrainingArguments) -> None:
+    if args.push_to_hub and args.hub_always_push:
+        raise UserError(
+            "hub_always_push=True overwrites files that an earlier push still reads, so a commit can pair new "
+            "weights with an old certificate: leave it False"
+        )
+
+
+def _repair(enforcer: Enforcer) -> None:
+    """Cap what exceeds its cap, and leave all else as it is, bit for bit: a cap may move even what satisfies it.
+
+    A resumed run would otherwise differ from one that was never interrupted, and frozen weights from the checkpoint's.
+    """
+    excess = enforcer.excess()
+    parameters = dict(enforcer.model.named_parameters())
+    kept = {name: parameters[name].detach().clone() for name, value in excess.items() if value <= 0.0}
+    if len(kept) < len(excess):
+        enforcer.apply()
+        with torch.no_grad():
+            for name, values in kept.items():
+                parameters[name].copy_(values)
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the Trainer puts the checkpoint of the present step."""
+    return Path(args.output_dir or ".") / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _require_certificate(checkpoint: Path) -> None:
+    if checkpoint.is_dir() and not (checkpoint / FILE_NAME).exists():
+        raise UserError(
+            f"{checkpoint.name} was written without a certificate: see the warning above (weights not finite, or "
+            "a sharded checkpoint format, which cannot carry one)"
+        )
+
+
+def _replace(source: Path, target: Path) -> None:
+    """Copy a file in one step, so that nobody reads half of it; the Trainer never uploads names that start with _."""
+    temporary = target.with_name(f"_{target.name}.{os.getpid()}.tmp")
+    shutil.copyfile(source, temporary)
+    os.replace(temporary, target)

@@ -16,10 +16,15 @@ from hf_lipschitz.errors import UserError
 
 def _number(value: Any) -> Any:
     """Accept fractions such as ``36/255``, which is how radii are written in this field."""
-    return float(Fraction(value)) if isinstance(value, str) and "/" in value else value
+    if not isinstance(value, str) or "/" not in value:
+        return value
+    try:
+        return float(Fraction(value.replace(" ", "")))
+    except (ValueError, ArithmeticError):
+        raise ValueError("write a number, or a fraction such as 36/255") from None
 
 
-Number = Annotated[float, BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 
 
 class _Section(BaseModel):
@@ -83,7 +88,13 @@ class TrainerSection(_Section):
 class EvaluationSection(_Section):
     """Radii (l2, pixel units) at which certified accuracy is reported."""
 
-    radii: tuple[Number, ...] = (0.0, 36 / 255, 72 / 255, 108 / 255, 1.0)
+    radii: Annotated[tuple[Annotated[Number, Field(ge=0)], ...], Field(min_length=1)] = (
+        0.0,
+        36 / 255,
+        72 / 255,
+        108 / 255,
+        1.0,
+    )
     batch_size: Annotated[int, Field(gt=0)] = 500
 
 
@@ -112,8 +123,8 @@ def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
     if not path.is_file():
         raise UserError(f"{path} is not a file: give the path of a recipe, such as configs/lip_vit_nano_cifar10.yaml")
     try:
-        value = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path} must hold a mapping with the keys {', '.join(Recipe.model_fields)}")
@@ -123,6 +134,20 @@ def load_recipe(path: str | Path, overrides: Mapping[str, str] | None = None) ->
         return Recipe.model_validate(value)
     except ValidationError as error:
         raise UserError(f"{path}: {_sentence(error)}") from None
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that refuses a key written twice, of which PyYAML silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """As in PyYAML; ConstructorError names the key and its line."""
+        seen: set[Any] = set()
+        for key, _ in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else None
+            if name in seen:
+                raise yaml.constructor.ConstructorError(problem=f"key {name!r} twice", problem_mark=key.start_mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
 
 
 def packaged_recipe(name: str) -> Path:
@@ -137,24 +162,33 @@ def packaged_recipe(name: str) -> Path:
 def _override(value: dict[str, Any], key: str, text: str) -> None:
     *sections, last = key.split(".")
     for section in sections:
-        value = value.setdefault(section, {})
+        if value.get(section) is None:
+            value[section] = {}
+        value = value[section]
         if not isinstance(value, dict):
             raise UserError(f"--{key}: {section!r} is a value, not a section of the recipe")
     try:
-        value[last] = yaml.safe_load(text)
+        value[last] = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError:
         raise UserError(f"--{key}: {text!r} is not a YAML value") from None
 
 
 def _sentence(error: ValidationError) -> str:
-    """The first problem of a validation, as one sentence that names the key and what is known or expected."""
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    """The first problem of a validation, as one sentence that names the key and what is known or expected.
+
+    Unknown keys come first: a misspelt one is reported as such, not as the missing key that it was meant to be.
+    """
+    found = error.errors()
+    first = next((problem for problem in found if problem["type"] == "extra_forbidden"), found[0])
+    path = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
         section: Any = Recipe
-        for part in first["loc"][:-1]:
-            section = section.model_fields[str(part)].annotation
-        return f"unknown key {key!r}; known there: {', '.join(section.model_fields)}"
+        for part in path[:-1]:
+            section = section.model_fields[part].annotation
+        return f"unknown key {'.'.join(path)!r}; known there: {', '.join(section.model_fields)}"
     if first["type"] == "missing":
-        return f"the key {key!r} is missing: add it"
-    return f"{key} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+        return f"the key {'.'.join(path)!r} is missing: add it"
+    if path[:2] == ["trainer", "bf16"]:  # a union: pydantic adds the member that it tried
+        return f"trainer.bf16 is {first['input']!r}: it must be true, false or auto"
+    said = first["msg"].removeprefix("Value error, ")
+    return f"{'.'.join(path)} is {first['input']!r}: {said[0].lower()}{said[1:]}"

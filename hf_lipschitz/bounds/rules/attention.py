@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..rounding import Array, Enclosure, add_up, array_norm_up, gamma, mul_up, norm_up, sqrt_up, up
+from ..rounding import Array, Enclosure, U, add_up, array_norm_up, gamma, mul_up, norm_up, sqrt_up, up
 from ..rule import Call, Geometry, Rule, Shape, Size
 from .attributes import integer, need
 
@@ -76,10 +76,11 @@ class SoftmaxAttention(Rule):
         """Errors of the projections carried through the heads' gains, plus those of scores, softmax and average.
 
         A projected q, k or v strays by gamma_{d+8} (norm: d/2 + 1 roundings relatively, then a quotient, a minimum and
-        a product), so scores stay in [-t', t'] with t' = tau (1 + gamma_{d_h+8})^2 + the deviation of tau. An
-        exponential errs by (2 t' + 4) u, the normalised weight by twice that plus gamma_N; blockwise softmax rescales
-        by factors whose arguments telescope to at most 2 t', one factor in 16 keys. Together at most (8 t' + 16) u + 3
-        gamma_{N+4}, times r_h. Exponentials of the library are assumed to be within 4 units in the last place.
+        a product; for v, whose ball may be tiny, also by what underflows in the norm), so scores stay in [-t', t'] with
+        t' = tau (1 + gamma_{d_h+8})^2 + the deviation of tau. An exponential errs by (2 t' + 4) u, the normalised
+        weight by twice that plus gamma_N; blockwise softmax rescales by factors whose arguments telescope to at most
+        2 t', one factor in 16 keys. Together at most (8 t' + 16) u + 3 gamma_{N+4}, times r_h. Exponentials of the
+        library are assumed to be within 4 units in the last place.
         """
         n, heads = call.shapes[0][0], call.attrs["heads"]
         widths = {slot: call.tensors[slot].shape[0] // heads for slot in ("query", "key", "value")}
@@ -96,9 +97,10 @@ class SoftmaxAttention(Rule):
             self._projection_error(call, slot, roundoff, incoming[0].total) for slot in ("query", "key", "value")
         )
         unit = mul_up(ball, root_n, sqrt_up(float(heads)))
-        value = add_up(
-            v, mul_up(root_n, add_up(mul_up(ball, all_radii), mul_up(sqrt_up(float(heads)), call.deviations["radius"])))
-        )
+        # squares that underflow move a norm by at most sqrt(width) times the root of the least normal number, or less
+        lost = mul_up(sqrt_up(float(widths["value"])), 2.0**-500 if roundoff == U else 2.0**-62)
+        value = add_up(mul_up(ball, all_radii), mul_up(sqrt_up(float(heads)), add_up(call.deviations["radius"], lost)))
+        value = add_up(v, mul_up(root_n, value))
         carried = add_up(
             mul_up(column, value), mul_up(strength, add_up(q, unit)), mul_up(strength, column, add_up(k, unit))
         )

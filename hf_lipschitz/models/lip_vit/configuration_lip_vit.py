@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -12,6 +13,16 @@ from hf_lipschitz.models.lip_vit.presets import PRESETS
 TOKEN_MIXERS = ("shift", "orthogonal", "attention", "hybrid")
 ACTIVATIONS = ("maxmin", "abs", "group_sort")
 POOLINGS = ("l2", "sum")
+_INTEGERS = {
+    "image_size": (1, 65536),
+    "num_channels": (1, 65536),
+    "patch_size": (1, 4096),
+    "hidden_size": (1, 65536),
+    "num_hidden_layers": (0, 4096),
+    "num_attention_heads": (1, 4096),
+    "group_size": (2, 65536),
+    "neck_depth": (0, 4096),
+}
 
 
 @strict
@@ -67,8 +78,9 @@ class LipViTConfig(PreTrainedConfig):
     constraints: list[dict[str, Any]] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.image_mean = [0.5] * self.num_channels if self.image_mean is None else list(self.image_mean)
-        self.image_std = [1.0] * self.num_channels if self.image_std is None else list(self.image_std)
+        _check_integers(self)
+        self.image_mean = [0.5] * self.num_channels if self.image_mean is None else self.image_mean
+        self.image_std = [1.0] * self.num_channels if self.image_std is None else self.image_std
         if self.stages is None:
             self.stages = [{"depth": self.num_hidden_layers, "width": self.hidden_size}]
         _check_stages(self.stages)
@@ -108,7 +120,20 @@ def default_constraints() -> list[dict[str, Any]]:
     ]
 
 
+def _check_integers(config: LipViTConfig) -> None:
+    for key, (least, most) in _INTEGERS.items():
+        value = getattr(config, key)
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(f"{key} is {value!r}: it must be an integer from {least} to {most}")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
 def _check_stages(stages: list[dict[str, int]]) -> None:
+    if not isinstance(stages, list) or not all(isinstance(stage, dict) for stage in stages):
+        raise ValueError(f"stages is {stages!r}: write it as a list of {{'depth': integer, 'width': integer}}")
     for index, stage in enumerate(stages):
         if set(stage) != {"depth", "width"} or any(type(value) is not int for value in stage.values()):
             raise ValueError(f"stages[{index}] is {stage}: write it as {{'depth': integer, 'width': integer}}")
@@ -123,23 +148,30 @@ def _check_choices(config: LipViTConfig) -> None:
         if getattr(config, key) not in known:
             raise ValueError(f"{key} is {getattr(config, key)!r}; choose one of {', '.join(known)}")
     for key in ("image_mean", "image_std"):
-        if len(getattr(config, key)) != config.num_channels:
-            raise ValueError(
-                f"{key} has {len(getattr(config, key))} entries for {config.num_channels} channels: give one each"
-            )
-    if min(config.image_std or [1.0]) <= 0.0:
-        raise ValueError(f"image_std is {config.image_std}: every entry must be positive")
+        values = getattr(config, key)
+        if not isinstance(values, list | tuple) or not all(map(_is_number, values)):
+            raise ValueError(f"{key} is {values!r}: give a list of numbers, one a channel")
+        if len(values) != config.num_channels:
+            raise ValueError(f"{key} has {len(values)} entries for {config.num_channels} channels: give one each")
+        setattr(config, key, list(values))
+    if not all(1e-6 <= value <= 1e6 for value in config.image_std or []):
+        raise ValueError(f"image_std is {config.image_std}: every entry must be positive, from 1e-6 to 1e6")
+    for key in ("shift_fraction", "abs_fraction", "pool_eps", "loss_scale"):
+        if not _is_number(getattr(config, key)):
+            raise ValueError(f"{key} is {getattr(config, key)!r}: it must be a finite number")
     if not 0.0 < config.shift_fraction <= 0.25:
         raise ValueError(f"shift_fraction is {config.shift_fraction}: each of four groups takes a share in (0, 0.25]")
     if not 0.0 < config.abs_fraction <= 1.0:
         raise ValueError(f"abs_fraction is {config.abs_fraction}: it must lie in (0, 1]")
-    if config.pool_eps < 1e-12 or config.loss_scale <= 0.0 or config.neck_depth < 0:
-        raise ValueError("pool_eps must be at least 1e-12, loss_scale positive and neck_depth not negative")
+    if not 1e-12 <= config.pool_eps <= 1.0:
+        raise ValueError(f"pool_eps is {config.pool_eps}: it must lie in [1e-12, 1]")
+    if config.loss_scale <= 0.0:
+        raise ValueError(f"loss_scale is {config.loss_scale}: it must be positive")
 
 
 def _check_sizes(config: LipViTConfig) -> None:
     stages = config.stages or []
-    if config.patch_size < 1 or config.image_size % config.patch_size != 0:
+    if config.image_size % config.patch_size != 0:
         raise ValueError(
             f"patch_size {config.patch_size} does not divide image_size {config.image_size}: choose one that does"
         )
