@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from hf_lipschitz.optim.spectral_muon import SpectralMuon as SpectralMuon
     from hf_lipschitz.training.callback import LipschitzCallback as LipschitzCallback
     from hf_lipschitz.training.recipe import Recipe as Recipe
-    from hf_lipschitz.verification import Verdict as Verdict
+    from hf_lipschitz.verdict import Verdict as Verdict
     from hf_lipschitz.verification import verify as verify
 
 __version__ = "0.1.0.dev0"
@@ -63,7 +63,7 @@ _HOME = {
     "Rule": "bounds.rule",
     "SpectralMuon": "optim.spectral_muon",
     "UserError": "errors",
-    "Verdict": "verification",
+    "Verdict": "verdict",
     "certified_accuracy": "evaluation.certified",
     "certified_radius": "evaluation.certified",
     "certify": "certify",

@@ -104,7 +104,7 @@ def findings(folder: Path) -> tuple[list[str], list[str]]:
                 notes.append(f"{shown}: training state (a pickle), not read and not covered")
             elif name in files and name.lower().endswith(_FOREIGN_WEIGHTS):
                 refused.append(f"{shown}: may run code or shadow the weights when loaded; keep safetensors only")
-            elif name in files and name.endswith((".py", ".pyc", ".so")) and shown != REMOTE_CODE_FILE:
+            elif name in files and name.endswith((".py", ".pyc", ".so")) and name != REMOTE_CODE_FILE:
                 refused.append(f"{shown}: code that is not the published {REMOTE_CODE_FILE}; it was not run")
             elif shown == "adapter_config.json":
                 refused.append(

@@ -27,8 +27,8 @@ from hf_lipschitz.checkpoint_folder import findings
 from hf_lipschitz.errors import UserError
 from hf_lipschitz.remote_code import PROCESSOR_AUTO_MAP, REMOTE_FILE_NAME, check_remote_file
 from hf_lipschitz.trust_base import trust_base, trusted_rules
+from hf_lipschitz.verdict import CLAIMS, Verdict
 
-CLAIMS = ("bound", "program", "rounding")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _OWN_PROCESSORS = [name.rpartition(".")[2] for name in PROCESSOR_AUTO_MAP["AutoImageProcessor"].values()]
 # Keys with which transformers loads other weights, another configuration, or code from elsewhere.
@@ -37,60 +37,6 @@ _REDIRECTIONS = (
     *("attn_implementation", "experts_implementation", "per_layer_config"),
 )
 AGREEMENT = 1e-9  # largest difference of executed program and model, relative to the largest feature or logit
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """The outcome of a verification.
-
-    Attributes:
-        claims: ``bound``, ``program``, ``rounding`` -> ``ok``, ``failed`` or ``not_checked``.
-        reasons: one sentence for each thing that failed.
-        notes: worth knowing, no failure.
-        certificate: the certificate, where it could be read.
-        source: what was verified; ``commit`` the Hub commit, if it came from one.
-        trust_base: what the verdict rests on (NumPy, BLAS, processor, self-test).
-        foreign_rules: third-party rules that the caller chose to trust.
-    """
-
-    claims: dict[str, str]
-    reasons: tuple[str, ...]
-    notes: tuple[str, ...]
-    certificate: Certificate | None
-    source: str
-    commit: str | None
-    trust_base: dict[str, Any]
-    foreign_rules: tuple[str, ...] = ()
-    required: tuple[str, ...] = CLAIMS
-
-    @property
-    def ok(self) -> bool:
-        """Whether every required claim was checked and holds."""
-        return not self.reasons and all(self.claims[claim] == "ok" for claim in self.required)
-
-    @property
-    def exit_status(self) -> int:
-        """0 if all required claims hold, 1 otherwise."""
-        return 0 if self.ok else 1
-
-    def __bool__(self) -> bool:
-        return self.ok
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON values, as ``hf-lipschitz verify --json`` prints them."""
-        certificate = self.certificate
-        return {
-            "ok": self.ok,
-            "claims": self.claims,
-            "reasons": list(self.reasons),
-            "notes": list(self.notes),
-            "bound": certificate.bound.to_json() if certificate else None,
-            "bound_features": certificate.bound_features.to_json() if certificate else None,
-            "source": self.source,
-            "commit": self.commit,
-            "trust_base": self.trust_base,
-            "foreign_rules": list(self.foreign_rules),
-        }
 
 
 @dataclass
@@ -125,8 +71,7 @@ def verify(
         require: ``bound`` (kernel only: NumPy, no torch, no model code) or ``program`` (all claims).
         trust: distributions whose rules (entry-point group ``hf_lipschitz.rules``) may be used.
         endpoint, token: of the Hub to fetch from.
-        max_bound, norm, origin, sha256: pins: what the certificate must state at least, whoever wrote it: the largest
-        bound to
+        max_bound, norm, origin, sha256: pins, what the certificate must state whoever wrote it: the largest bound to
             the logits, the norm, the space of the input (``pixels[0,1]``), the SHA-256 of the certificate file.
 
     Returns:
@@ -188,9 +133,9 @@ def _check_listing(folder: Path, report: Report, state: _State) -> None:
             refused.append(f"{name}: weights that the certificate does not cover; remove them")
     for name in ("config.json", *_PROCESSORS):
         refused.extend(_redirections(folder / name))
-    path = folder / REMOTE_FILE_NAME
-    if path.is_file() and not path.is_symlink() and not check_remote_file(path.read_bytes()):
-        refused.append(f"{REMOTE_FILE_NAME}: not one of the published texts; it was not run")
+    for path in sorted(folder.rglob(REMOTE_FILE_NAME)):
+        if path.is_file() and not path.is_symlink() and not check_remote_file(path.read_bytes()):
+            refused.append(f"{path.relative_to(folder)}: not one of the published texts; it was not run")
     for reason in refused:
         state.fail("bound", reason)
 

@@ -1,4 +1,4 @@
-"""The surroundings of a test process: no network but this machine's loopback, no user's caches or tokens, two threads.
+"""The surroundings of a test process: no network but this machine's loopback, no user's caches or tokens, one thread.
 
 The variables must be set before the libraries that read them are imported, so conftest.py calls `prepare()` first.
 """
@@ -30,7 +30,8 @@ def prepare() -> None:
     """Set the variables, give the Hugging Face libraries an empty home, and refuse connections to other machines."""
     is_worker = "PYTEST_XDIST_WORKER" in os.environ
     os.environ.update(_VARIABLES)
-    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, "1" if is_worker else str(min(2, os.cpu_count() or 1))))
+    # one thread: small matrices on two threads wait for each other, most of all beside another process
+    os.environ.update(dict.fromkeys(_THREAD_VARIABLES, "1"))
     if not is_worker:  # pytest-xdist's workers inherit the home of the process that started them
         home = tempfile.mkdtemp(prefix="hf-lipschitz-tests-")
         atexit.register(shutil.rmtree, home, ignore_errors=True)

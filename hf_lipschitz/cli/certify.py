@@ -35,7 +35,7 @@ def certify(
     if as_json:
         print_json(_summary(folder / FILE_NAME, certificate))
         return
-    from hf_lipschitz.cli.verdict_text import bound_text
+    from hf_lipschitz.verdict import bound_text
 
     result(f"wrote {folder / FILE_NAME}")
     result(f"  {bound_text(certificate.bound)}")

@@ -29,7 +29,7 @@ def fine_tune(settings: Settings, fetched: str, step: Step) -> dict[str, Any]:
     repo = f"{settings.repo}-odd-even"
     write_model_card(
         settings.odd_even,
-        evaluation=Measured(evaluation, "digits, odd or even", "held-out fifth"),
+        evaluation=Measured(evaluation, "digits, odd or even", "test"),
         repo_id=repo,
         base_model=settings.repo if not settings.is_loopback else "the digits model of the same demo",
     )

@@ -19,7 +19,8 @@ def reload(folder: str, images: str) -> dict[str, Any]:
     from PIL import Image
     from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-    import hf_lipschitz  # the only thing needed for the Auto classes to know the model
+    # Whatever is imported of the package, the Auto classes know its models from then on.
+    from hf_lipschitz.verification import verify
 
     torch.set_num_threads(1)  # as in the demo itself
     model = AutoModelForImageClassification.from_pretrained(folder).eval()
@@ -33,7 +34,7 @@ def reload(folder: str, images: str) -> dict[str, Any]:
         "processor": type(processor).__name__,
         "predictions": logits.argmax(dim=1).tolist(),
         "has_certificate": certificate is not None,
-        "verification": hf_lipschitz.verify(Path(folder)).to_json(),
+        "verification": verify(Path(folder)).to_json(),
     }
 
 

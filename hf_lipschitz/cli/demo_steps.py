@@ -180,7 +180,7 @@ def evaluate(settings: Settings, model: Any, step: Step) -> tuple[CertifiedEvalu
     step.say(f"clean {percent(evaluation.clean_accuracy)}; attacking inside the radii")
     attacks = attack_inside(model, pixels, on_few, seed=settings.recipe.trainer.seed, advance=step.advance)
     inside = [attacks["float32"], attacks["float64"]]
-    measured = Measured(evaluation, "digits", "held-out fifth", inside)
+    measured = Measured(evaluation, "digits", "test", inside)
     write_model_card(settings.digits, evaluation=measured, repo_id=settings.repo)
     changed = " + ".join(str(attack["changed"]) for attack in inside)
     step.say(f"clean {percent(evaluation.clean_accuracy)}, predictions changed by the attack: {changed}")

@@ -17,7 +17,7 @@ from hf_lipschitz.cli.output import (
     result,
     working,
 )
-from hf_lipschitz.cli.verdict_text import verified_or_exit
+from hf_lipschitz.cli.verified import verified_or_exit
 from hf_lipschitz.errors import UserError
 
 _RADII = "0,36/255,72/255,108/255,1"

@@ -42,7 +42,12 @@ def note(text: str) -> None:
 
 def complain(text: str) -> None:
     """One line on stderr that says what was wrong."""
-    typer.echo(f"hf-lipschitz: {' '.join(text.split())}", err=True)
+    typer.echo(f"hf-lipschitz: {printable(' '.join(text.split()))}", err=True)
+
+
+def printable(text: str) -> str:
+    """The text with everything escaped that would do something to a terminal: names in foreign folders may hold it."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def stderr_console() -> Console:

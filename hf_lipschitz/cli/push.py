@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hf_lipschitz.cli.output import EndpointOption, JsonOption, print_json, result, working
-from hf_lipschitz.cli.verdict_text import verified_or_exit
+from hf_lipschitz.cli.verified import verified_or_exit
 from hf_lipschitz.errors import UserError
 
 

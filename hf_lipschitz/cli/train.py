@@ -20,7 +20,8 @@ def train(
     context: typer.Context,
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="The recipe, a YAML file.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="The checkpoint folder to write. Required.")
+        Path | None,
+        typer.Option("--output", "-o", metavar="DIR", help="The checkpoint folder [default: ./<recipe's name>]."),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the output folder.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Delete an earlier run in the output folder first.")] = False,
@@ -30,8 +31,7 @@ def train(
     if config.startswith("-"):
         raise UserError(f"the recipe comes first: hf-lipschitz train CONFIG {config} ...")
     overrides = recipe_overrides(context.args)
-    if output is None:
-        raise UserError("where the model goes is not said: add --output DIR")
+    output = output or Path(Path(config).stem)
     if resume and overwrite:
         raise UserError("--resume goes on with what --overwrite deletes: choose one of them")
     if overwrite:
@@ -42,7 +42,7 @@ def train(
     if as_json:
         print_json(summary)
         return
-    from hf_lipschitz.cli.verdict_text import bound_text
+    from hf_lipschitz.verdict import bound_text
 
     result(f"trained {summary['steps']:,} steps in {trained.seconds:.0f} s into {trained.folder}")
     result(f"  {bound_text(certificate.bound)}")
@@ -59,15 +59,27 @@ def recipe_overrides(arguments: Sequence[str]) -> dict[str, str]:
         if not option.startswith("--"):
             raise UserError(f"'{option}' is one argument too many: hf-lipschitz train CONFIG --output DIR")
         if "." not in key:
-            near = get_close_matches(option, _OPTIONS, n=1)
-            hint = f"did you mean {near[0]}?" if near else "keys of the recipe are written --section.key value"
-            raise UserError(f"there is no option {option}: {hint}")
+            raise UserError(f"there is no option {option}: {_hint(option)}")
         if not equals:
             if not rest:
                 raise UserError(f"{option} has no value: write {option} VALUE")
             value = rest.pop(0)
         overrides[key] = value
     return overrides
+
+
+def _hint(option: str) -> str:
+    """What may have been meant: one of our options, or a key of the recipe without its section."""
+    from hf_lipschitz.training.recipe import Recipe
+
+    sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    keys = {
+        f"--{key}": f"--{name}.{key}"
+        for name, section in sections.items()
+        for key in getattr(section, "model_fields", ())
+    }
+    near = get_close_matches(option, [*_OPTIONS, *keys], n=1, cutoff=0.75)
+    return f"did you mean {keys.get(near[0], near[0])}?" if near else "keys of the recipe are --section.key value"
 
 
 def _train(config: str, overrides: dict[str, str], output: Path, **options: Any) -> tuple[Any, Any]:

@@ -56,8 +56,5 @@ def verify(
     if as_json:
         print_json({**verdict.to_json(), "require": require, "exit_status": verdict.exit_status})
     else:
-        from hf_lipschitz.cli.verdict_text import verdict_lines
-
-        for line in verdict_lines(verdict, require=require):
-            result(line)
+        result(str(verdict))
     raise typer.Exit(verdict.exit_status)

@@ -1,6 +1,4 @@
-"""``LipschitzCallback``: after every optimizer step of a Trainer the constraint holds, and every checkpoint is
-certified.
-"""
+"""``LipschitzCallback``: the constraint holds after every optimizer step, and every checkpoint is certified."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,11 +37,18 @@ class ImageData:
                 f"the images have shape {tuple(self.pixel_values.shape[1:])}, the model takes {expected}: "
                 "set data.resize to true, or model.config.image_size and num_channels"
             )
+        if (config.num_labels or 0) < 2:
+            raise UserError("a classifier needs at least 2 classes: choose another data.label_column")
         check_labels(self.labels, config.num_labels or 0)
 
 
 def check_labels(labels: torch.Tensor, num_labels: int) -> None:
     """Raise UserError unless all labels lie in [0, num_labels)."""
+    if len(labels) and int(labels.min()) < 0:
+        raise UserError(
+            f"labels run from {int(labels.min())} to {int(labels.max())}, and a negative one says that the label is "
+            "hidden: choose another split, or remove those images"
+        )
     if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < num_labels:
         found = f"{int(labels.min())} to {int(labels.max())}"
         raise UserError(
@@ -93,47 +101,70 @@ def _random_shift(pixels: torch.Tensor, reach: int) -> torch.Tensor:
     return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]
 
 
-def load_image_data(spec: DataSection, split: str, *, size: int | None = None, channels: int = 3) -> ImageData:
+def load_image_data(
+    spec: DataSection, split: str, *, size: int | None = None, channels: int | None = None
+) -> ImageData:
     """Load and decode one split (``train`` or ``test``).
 
     Args:
         spec: the recipe's data section.
         split: ``train`` or ``test``, mapped through ``spec.train_split`` and ``spec.test_split``.
         size: side to resize to where ``spec.resize`` is set.
-        channels: 1 (grey) or 3 (RGB).
+        channels: 1 (grey) or 3 (RGB); None is 1 for the digits and 3 for all else.
 
     Raises:
-        UserError: no such data, no image or label column, images of different sizes, negative labels.
+        UserError: no such data, no image or label column or several, images that cannot be read, have different sizes
+            or more than 8 bits a channel, labels that are hidden or no integers.
     """
+    if split not in ("train", "test"):
+        raise UserError(f"split is {split!r}: choose train or test, which data.train_split and data.test_split name")
+    size = size if spec.resize else None
     if spec.path == "digits":
-        return _digits(split)
+        images, labels, names = _digits(split)
+        return ImageData(_decode(images, size, channels or 1), labels, names)
     rows, image_column, label_column = _open(spec, spec.train_split if split == "train" else spec.test_split)
-    pixels = _decode(rows[image_column], size if spec.resize else None, channels)
-    labels = torch.as_tensor(rows[label_column], dtype=torch.int64)
-    feature = rows.features[label_column]
-    names = list(getattr(feature, "names", None) or [str(i) for i in range(int(labels.max()) + 1)])
+    pixels = _decode(rows[image_column], size, channels or 3)
+    labels, names = _labels(rows, label_column)
     check_labels(labels, len(names))
     return ImageData(pixels, labels, names)
 
 
-def _digits(split: str) -> ImageData:
+def _labels(rows: Any, column: str) -> tuple[torch.Tensor, list[str]]:
+    """The label column as int64 (N,), and the names of the classes."""
+    found = list(rows[column])
+    strange = next((label for label in found if type(label) is not int), None)
+    if strange is not None or None in found:
+        raise UserError(f"the label column {column!r} holds {strange!r}: it must hold class numbers, cast it before")
+    labels = torch.tensor(found, dtype=torch.int64)
+    names = getattr(rows.features[column], "names", None)
+    return labels, list(names or [str(i) for i in range(int(labels.max()) + 1)])
+
+
+def _digits(split: str) -> tuple[list[Any], torch.Tensor, list[str]]:
     """scikit-learn's 1,797 handwritten digits, 8 x 8, 17 grey levels; a fixed random fifth is the test split."""
+    from PIL import Image
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
     held_out = len(labels) // 5
     chosen = order[:held_out] if split == "test" else order[held_out:]
-    pixels = np.rint(images[chosen].reshape(-1, 1, 8, 8) * (255.0 / 16.0)).astype(np.uint8)
-    return ImageData(torch.from_numpy(pixels), torch.from_numpy(labels[chosen]).long(), [str(i) for i in range(10)])
+    pixels = np.rint(images[chosen].reshape(-1, 8, 8) * (255.0 / 16.0)).astype(np.uint8)
+    return (
+        [Image.fromarray(image) for image in pixels],
+        torch.from_numpy(labels[chosen]).long(),
+        [str(i) for i in range(10)],
+    )
 
 
 def _open(spec: DataSection, split: str) -> tuple[Any, str, str]:
     from datasets import ClassLabel, Image, load_dataset
 
-    is_folder = Path(spec.path).expanduser().exists()
+    folder = Path(spec.path).expanduser()
+    if not folder.exists() and spec.path.startswith((".", "/", "~")):
+        raise UserError(f"data.path {spec.path} does not exist: give a folder of parquet or image files, or a Hub name")
     try:
-        loaded: Any = load_dataset(str(Path(spec.path).expanduser()) if is_folder else spec.path)
+        loaded: Any = load_dataset(str(folder) if folder.exists() else spec.path)
     except Exception as error:  # datasets raises many kinds; all of them mean that the data cannot be had
         reason = " ".join(str(error).split())[:200]
         raise UserError(
@@ -148,22 +179,30 @@ def _open(spec: DataSection, split: str) -> tuple[Any, str, str]:
     labels = [name for name, feature in rows.features.items() if isinstance(feature, ClassLabel)] or [
         name for name in ("label", "labels") if name in rows.features
     ]
-    image_column, label_column = (
-        spec.image_column or next(iter(images), None),
-        spec.label_column or next(iter(labels), None),
-    )
-    for kind, column in (("image", image_column), ("label", label_column)):
-        if column is None or column not in rows.features:
-            raise UserError(
-                f"{spec.path} has no {kind} column among {', '.join(rows.features)}: set data.{kind}_column"
-            )
-    return rows, str(image_column), str(label_column)
+    columns = _column(spec, "image", images, rows), _column(spec, "label", labels, rows)
+    return rows, *columns
+
+
+def _column(spec: DataSection, kind: str, candidates: list[str], rows: Any) -> str:
+    """The image or label column: the one that the recipe names, else the only one there is."""
+    named = spec.image_column if kind == "image" else spec.label_column
+    if named is None and len(candidates) == 1:
+        return candidates[0]
+    if named in rows.features:
+        return str(named)
+    if named is not None:
+        problem = f"no column {named!r}, only {', '.join(rows.features)}"
+    elif candidates:
+        problem = f"several {kind} columns ({', '.join(candidates)})"
+    else:
+        problem = f"no {kind} column among {', '.join(rows.features)}"
+    raise UserError(f"{spec.path} has {problem}: set data.{kind}_column")
 
 
 def _decode(images: Any, size: int | None, channels: int) -> torch.Tensor:
     """PIL images -> one uint8 tensor (N, C, H, W); all must have one size."""
     result: np.ndarray | None = None
-    for index, image in enumerate(images):
+    for index, image in enumerate(_readable(images)):
         image = image.convert("L" if channels == 1 else "RGB")
         if size is not None and image.size != (size, size):
             image = image.resize((size, size))
@@ -178,3 +217,23 @@ def _decode(images: Any, size: int | None, channels: int) -> torch.Tensor:
     if result is None:
         raise UserError("the split holds no images: choose another split")
     return torch.from_numpy(result).permute(0, 3, 1, 2).contiguous()
+
+
+def _readable(images: Any) -> Iterator[Any]:
+    """The images one by one; UserError, with the place, for what is no image or would lose bits."""
+    from PIL import Image
+
+    iterator, index = iter(images), 0
+    while True:
+        try:
+            image = next(iterator)
+        except StopIteration:
+            return
+        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for files it cannot read
+            raise UserError(f"image {index} cannot be read ({error}): repair or remove it") from None
+        if not isinstance(image, Image.Image):
+            raise UserError(f"image {index} is {str(image)[:40]!r}, no image: choose another data.image_column")
+        if image.mode[0] in "IF":
+            raise UserError(f"image {index} has more than 8 bits a channel (mode {image.mode}): convert the images")
+        yield image
+        index += 1

@@ -181,14 +181,24 @@ def _sentence(error: ValidationError) -> str:
     found = error.errors()
     first = next((problem for problem in found if problem["type"] == "extra_forbidden"), found[0])
     path = [str(part) for part in first["loc"]]
+    key = ".".join(path)
     if first["type"] == "extra_forbidden":
-        section: Any = Recipe
-        for part in path[:-1]:
-            section = section.model_fields[part].annotation
-        return f"unknown key {'.'.join(path)!r}; known there: {', '.join(section.model_fields)}"
+        return f"unknown key {key!r}; known there: {', '.join(_section(path[:-1]).model_fields)}"
     if first["type"] == "missing":
-        return f"the key {'.'.join(path)!r} is missing: add it"
+        return f"the key {key!r} is missing: add it"
+    if first["type"] == "model_type":
+        return (
+            f"{key} is {first['input']!r}: write it as a section with keys of {', '.join(_section(path).model_fields)}"
+        )
     if path[:2] == ["trainer", "bf16"]:  # a union: pydantic adds the member that it tried
         return f"trainer.bf16 is {first['input']!r}: it must be true, false or auto"
     said = first["msg"].removeprefix("Value error, ")
-    return f"{'.'.join(path)} is {first['input']!r}: {said[0].lower()}{said[1:]}"
+    return f"{key} is {first['input']!r}: {said[0].lower()}{said[1:]}"
+
+
+def _section(path: list[str]) -> type[_Section]:
+    """The section of a recipe at a path of keys."""
+    section: Any = Recipe
+    for part in path:
+        section = section.model_fields[part].annotation
+    return section

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import time
 from dataclasses import dataclass
@@ -14,17 +15,33 @@ from transformers import TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils.import_utils import is_torchvision_available
 
-from hf_lipschitz.caps.orthogonalize import matmul_dtype
+from hf_lipschitz.bounds.certificate import FILE_NAME
+from hf_lipschitz.caps.arithmetic import NonFiniteWeightError, matmul_dtype
 from hf_lipschitz.errors import UserError
 from hf_lipschitz.models.certified_model import CertifiedModel
 from hf_lipschitz.models.lip_vit.configuration_lip_vit import LipViTConfig
 from hf_lipschitz.models.lip_vit.modeling_lip_vit import LipViTForImageClassification
-from hf_lipschitz.optim.spectral_muon import spectral_muon
+from hf_lipschitz.optim.spectral_muon import NonFiniteGradientError, spectral_muon
 from hf_lipschitz.training.callback import LipschitzCallback
 from hf_lipschitz.training.data import BatchedImages, ImageData, load_image_data
 from hf_lipschitz.training.losses import CertifiedLoss
 from hf_lipschitz.training.recipe import Recipe
 from hf_lipschitz.training.trainer import LipschitzTrainer, LossProgress
+
+# TrainingArguments that a recipe says elsewhere, and where.
+_OWN_KEYS = {
+    "output_dir": "the output folder",
+    "max_steps": "trainer.max_steps",
+    "per_device_train_batch_size": "trainer.batch_size",
+    "learning_rate": "optimizer.lr",
+    "weight_decay": "optimizer.weight_decay",
+    "lr_scheduler_type": "trainer.schedule",
+    "warmup_steps": "trainer.warmup_fraction",
+    "bf16": "trainer.bf16",
+    "logging_steps": "trainer.logging_steps",
+    "save_steps": "trainer.save_steps",
+    "seed": "trainer.seed",
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +77,8 @@ def train(
     Raises:
         UserError: anything in recipe, data or folder that a user can mend.
     """
-    folder = _prepare(Path(output_dir), resume, overwrite)
+    folder = Path(output_dir)
+    checkpoint = _earlier_run(folder, resume, overwrite)
     set_seed(recipe.trainer.seed)
     config = build_config(recipe)
     if data is None:
@@ -70,14 +88,17 @@ def train(
     data.check(config)
     model = LipViTForImageClassification(config)
     trainer = build_trainer(recipe, model, data, folder, progress=progress)
-    checkpoint = get_last_checkpoint(str(folder)) if resume else None
+    if overwrite and trainer.is_world_process_zero():  # last, so that a mistake in the recipe costs nothing
+        _empty(folder)
     start = time.perf_counter()
-    trainer.train(resume_from_checkpoint=checkpoint)
+    try:
+        trainer.train(resume_from_checkpoint=checkpoint)
+    except (NonFiniteGradientError, NonFiniteWeightError) as error:
+        raise UserError(f"training stopped after step {trainer.state.global_step}: {error}") from error
     seconds = time.perf_counter() - start
     model.eval()
-    model.save_pretrained(folder)
-    save_processor(folder, config)
-    trainer.save_state()
+    if trainer.is_world_process_zero():
+        _save(trainer, folder)
     return TrainedModel(folder, model, recipe, list(trainer.state.log_history), seconds)
 
 
@@ -94,7 +115,7 @@ def build_config(recipe: Recipe) -> LipViTConfig:
         if section.preset is not None:
             return LipViTConfig.from_preset(section.preset, **section.config)
         return LipViTConfig(**section.config)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"model: {' '.join(str(error).split())}") from None
 
 
@@ -114,15 +135,23 @@ def build_trainer(
     if recipe.optimizer.name == "spectral_muon":
         settings = recipe.optimizer.model_dump(include={"lr", "adamw_lr", "momentum", "nesterov", "weight_decay"})
         optimizer = {"optimizer_cls_and_kwargs": (spectral_muon, settings)}
-    return LipschitzTrainer(
-        model=model,
-        args=training_arguments(recipe, folder, progress=progress),
-        train_dataset=BatchedImages(data, crop=recipe.data.crop, flip=recipe.data.flip),
-        data_collator=BatchedImages.collate,
-        compute_loss_func=loss,
-        callbacks=[LipschitzCallback(), LossProgress(loss)],
-        **optimizer,
-    )
+    arguments = training_arguments(recipe, folder, progress=progress)
+    needed = arguments.train_batch_size * arguments.world_size
+    if len(data) < needed:
+        raise UserError(f"a batch takes {needed} images and there are {len(data)}: lower trainer.batch_size")
+    try:
+        return LipschitzTrainer(
+            model=model,
+            args=arguments,
+            processing_class=image_processor(config),
+            train_dataset=BatchedImages(data, crop=recipe.data.crop, flip=recipe.data.flip),
+            data_collator=BatchedImages.collate,
+            compute_loss_func=loss,
+            callbacks=[LipschitzCallback(), LossProgress(loss)],
+            **optimizer,
+        )
+    except (ValueError, RuntimeError, ImportError) as error:  # arguments that do not go together, a missing package
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from error
 
 
 def training_arguments(recipe: Recipe, folder: Path, *, progress: bool = True) -> TrainingArguments:
@@ -156,30 +185,63 @@ def training_arguments(recipe: Recipe, folder: Path, *, progress: bool = True) -
     for key, value in section.arguments.items():
         if key not in known:
             raise UserError(f"trainer.arguments.{key} is no key of transformers.TrainingArguments: look it up there")
+        if key in _OWN_KEYS:
+            raise UserError(f"trainer.arguments.{key} is set twice: leave it out and use {_OWN_KEYS[key]}")
         arguments[key] = value
-    return TrainingArguments(**arguments)
+    try:
+        return TrainingArguments(**arguments)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UserError(f"trainer: {' '.join(str(error).split())}") from None
 
 
-def save_processor(folder: Path, config: LipViTConfig) -> None:
-    """Write ``preprocessor_config.json``: resize to the model's image size, rescale to [0, 1], normalise nothing."""
-    size = {"height": config.image_size, "width": config.image_size}
+def image_processor(config: LipViTConfig) -> Any:
+    """The processor of a model: resize to the model's image size, rescale to [0, 1], normalise nothing."""
     if is_torchvision_available():
         from hf_lipschitz.models.lip_vit.image_processing_lip_vit import LipViTImageProcessor as Processor
     else:
         from hf_lipschitz.models.lip_vit.image_processing_pil_lip_vit import LipViTImageProcessorPil as Processor
-    Processor(size=size).save_pretrained(folder)
+    return Processor(size={"height": config.image_size, "width": config.image_size})
+
+
+def save_processor(folder: Path, config: LipViTConfig) -> None:
+    """Write ``preprocessor_config.json``."""
+    image_processor(config).save_pretrained(folder)
 
 
 def _device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _prepare(folder: Path, resume: bool, overwrite: bool) -> Path:
+def _earlier_run(folder: Path, resume: bool, overwrite: bool) -> str | None:
+    """The checkpoint to go on from, if any; UserError where the folder holds what nobody asked to touch."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another output folder")
-    if folder.is_dir() and any(folder.iterdir()) and not resume:
-        if not overwrite:
-            raise UserError(f"{folder} is not empty: choose another folder, or pass --overwrite or --resume")
-        shutil.rmtree(folder)
+    if resume:
+        checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        if checkpoint is None:
+            raise UserError(f"{folder} holds no checkpoint-N to go on from: leave out --resume")
+        return checkpoint
+    is_first = int(os.environ.get("RANK", "0")) == 0  # the others may find what the first process has begun to write
+    if is_first and not overwrite and folder.is_dir() and any(folder.iterdir()):
+        raise UserError(f"{folder} is not empty: choose another folder, or pass --overwrite or --resume")
+    return None
+
+
+def _empty(folder: Path) -> None:
+    """Delete what a folder holds, but not the folder, which may be a link or a mount."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _save(trainer: LipschitzTrainer, folder: Path) -> None:
+    """Model, certificate, processor and ``trainer_state.json``; UserError where the weights cannot be certified."""
+    model: Any = trainer.model
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    model.save_pretrained(folder)
+    save_processor(folder, model.config)
+    trainer.save_state()
+    if not (folder / FILE_NAME).exists():
+        raise UserError(f"{folder} was saved without a certificate: see the warning above")

@@ -1,7 +1,7 @@
 """The meaning of every built-in operation a second time, in torch: an independent truth that can be differentiated.
 
-Each function takes the node's attributes, its tensors by slot, its scalars by slot and the input values (batch first), all
-in one floating-point dtype, and computes as a deployed forward pass in that dtype would.
+Each function takes the node's attributes, its tensors by slot, its scalars by slot and the input values (batch first),
+all in one floating-point dtype, and computes as a deployed forward pass in that dtype would.
 """
 
 from __future__ import annotations

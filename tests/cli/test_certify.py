@@ -54,9 +54,9 @@ def _config(**changes: object) -> Callable[[Path], object]:
         (_nan, "NaN"),
         (lambda folder: (folder / "model.safetensors").unlink(), "model.safetensors"),
         (lambda folder: (folder / "config.json").unlink(), "config.json"),
-        (_config(model_type="no_such_model"), "no_such_model"),
+        (_config(model_type="no_such_model"), "digits cannot be certified"),
         (_config(architectures=["NoSuchClass"]), "NoSuchClass"),
-        (_config(hidden_size=32, stages=None), "weight"),
+        (_config(num_hidden_layers=2, stages=None), "weight"),
     ],
 )
 def test_what_cannot_be_certified(call: Call, folder: Path, spoil: Callable[[Path], object], says: str) -> None:

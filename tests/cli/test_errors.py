@@ -62,8 +62,9 @@ def _failing(error: BaseException) -> Callable[..., None]:
 @pytest.mark.parametrize(
     ("error", "status", "says"),
     [
+        (KernelError("this machine cannot verify"), 2, "this machine cannot verify"),
         (UserError("a thing is wrong: mend it"), 2, "a thing is wrong: mend it"),
-        (KernelError("two\n  lines"), 2, "two lines"),
+        (UserError("two\n  lines"), 2, "two lines"),
         (CheckpointError("a file is wrong: replace it"), 1, "a file is wrong: replace it"),
         (PermissionError(13, "Permission denied", "a/b"), 2, "a/b: Permission denied"),
         (OSError("it is broken\n"), 2, "it is broken"),
