@@ -93,6 +93,14 @@ class CertifiedModel(PreTrainedModel):
         if main and folder.is_dir() and not (folder / FILE_NAME).exists():
             self._write_extras(folder)
 
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, which saves into a temporary folder: the model goes on with the certificate it had."""
+        before = self._certified_folder, self._uncertified_reason
+        try:
+            return super().push_to_hub(*args, **kwargs)
+        finally:
+            self._certified_folder, self._uncertified_reason = before
+
     def _upload_modified_files(self, working_dir: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """transformers uploads from inside ``save_pretrained``: the certificate must be there before."""
         self._write_extras(Path(working_dir))

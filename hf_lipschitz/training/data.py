@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,11 +61,13 @@ class BatchedImages(Dataset[Any]):
     """A torch dataset that hands out whole batches (``__getitems__``), augmented as uint8, then float32 in [0, 1].
 
     ``crop`` shifts each image by up to that many pixels in either direction (zeros move in); ``flip`` mirrors half of
-    them.
+    them. Both follow torch's seed at construction, the epoch and the indices of the batch, and nothing else: loaders
+    fetch ahead, so with a generator that runs on, a resumed run would draw other numbers than an uninterrupted one.
     """
 
     def __init__(self, data: ImageData, *, crop: int = 0, flip: bool = False) -> None:
         self.data, self.crop, self.flip = data, crop, flip
+        self._seed, self._epoch = torch.initial_seed(), 0
 
     def __len__(self) -> int:
         return len(self.data)
@@ -76,12 +79,22 @@ class BatchedImages(Dataset[Any]):
     def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
         chosen = torch.as_tensor(indices)
         pixels = self.data.pixel_values[chosen]
+        draw = self._generator(indices)
         if self.crop:
-            pixels = _random_shift(pixels, self.crop)
+            pixels = _random_shift(pixels, self.crop, draw)
         if self.flip:
-            mirrored = torch.rand(len(pixels)) < 0.5
+            mirrored = torch.rand(len(pixels), generator=draw) < 0.5
             pixels = torch.where(mirrored[:, None, None, None], pixels.flip(-1), pixels)
         return {"pixel_values": pixels.to(torch.float32) / 255, "labels": self.data.labels[chosen]}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Augment anew; accelerate's loaders call it."""
+        self._epoch = epoch
+
+    def _generator(self, indices: list[int]) -> torch.Generator:
+        numbers = np.array([self._seed % 2**63, self._epoch, *indices], dtype=np.int64)
+        digest = hashlib.blake2b(numbers.tobytes(), digest_size=7).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
     @staticmethod
     def collate(batch: Any) -> dict[str, torch.Tensor]:
@@ -91,11 +104,11 @@ class BatchedImages(Dataset[Any]):
         return {key: torch.stack([row[key] for row in batch]) for key in batch[0]}
 
 
-def _random_shift(pixels: torch.Tensor, reach: int) -> torch.Tensor:
+def _random_shift(pixels: torch.Tensor, reach: int, draw: torch.Generator) -> torch.Tensor:
     n, c, h, w = pixels.shape
     padded = torch.nn.functional.pad(pixels, (reach,) * 4)
-    rows = torch.randint(0, 2 * reach + 1, (n, 1)) + torch.arange(h)
-    columns = torch.randint(0, 2 * reach + 1, (n, 1)) + torch.arange(w)
+    rows = torch.randint(0, 2 * reach + 1, (n, 1), generator=draw) + torch.arange(h)
+    columns = torch.randint(0, 2 * reach + 1, (n, 1), generator=draw) + torch.arange(w)
     image = torch.arange(n)[:, None, None, None]
     channel = torch.arange(c)[None, :, None, None]
     return padded[image, channel, rows[:, None, :, None], columns[:, None, None, :]]

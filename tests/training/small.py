@@ -35,7 +35,7 @@ def tiny_model(seed: int = 0, **config: Any) -> LipViTForImageClassification:
     return LipViTForImageClassification(LipViTConfig(**{**sizes, "num_labels": 3, **config}))
 
 
-def tiny_images(count: int = 24, seed: int = 1) -> ImageData:
+def tiny_images(count: int = 36, seed: int = 1) -> ImageData:
     """Random images with random labels."""
     generator = torch.Generator().manual_seed(seed)
     pixels = torch.randint(0, 256, (count, 1, 4, 4), dtype=torch.uint8, generator=generator)

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageClassification, Trainer, TrainerCallback
 
 from hf_lipschitz.errors import UserError
-from hf_lipschitz.models.certified_model import CertifiedModel, UncertifiedWarning
+from hf_lipschitz.models.certified_model import UncertifiedWarning
 from hf_lipschitz.models.lip_vit.configuration_lip_vit import default_constraints
 from hf_lipschitz.optim.enforcement import Enforcer
 from hf_lipschitz.optim.routing import Constraint
@@ -76,8 +76,8 @@ def test_the_constraint_holds_after_every_step(tmp_path: Path, optimizer: str, a
 def test_without_the_callback_it_does_not(tmp_path: Path, optimizer: str) -> None:
     """The optimizers above leave the constraint in every step: the test before sees what the callback does."""
     spy = Spy()
-    tiny_trainer(tmp_path, None, spy, optimizer=optimizer, save_strategy="no").train()
-    assert min(spy.excess) > 0.01 and min(max(norms) for norms in spy.norms) > 1.01
+    tiny_trainer(tmp_path, None, spy, optimizer=optimizer, save_strategy="no", max_steps=2).train()
+    assert min(spy.excess) > 1e-3 and min(max(norms) for norms in spy.norms) > 1.001
 
 
 @pytest.mark.parametrize("mixer", ["orthogonal", "attention", "hybrid"])
@@ -228,11 +228,13 @@ def test_a_run_that_an_error_ended_leaves_one_hook_at_most(tmp_path: Path) -> No
     assert counts == [1, 1, 1]
 
 
+# transformers turns the client's bars on again, which the client refuses with a warning where a variable forbids them
+@pytest.mark.filterwarnings("ignore:Cannot enable progress bars:UserWarning")
 @pytest.mark.parametrize("late", [False, True], ids=["at the start", "added later"])
 def test_hub_always_push_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, late: bool) -> None:
     monkeypatch.setattr(Trainer, "init_hf_repo", lambda self: None)  # no Hub is asked
     settings = {"push_to_hub": True, "hub_always_push": True}
-    with pytest.raises(UserError, match="hub_always_push=True .* leave it False"):
+    with pytest.raises(UserError, match=r"hub_always_push=True .* leave it False"):
         if not late:
             tiny_trainer(tmp_path, None, LipschitzCallback(), **settings)
         trainer = tiny_trainer(tmp_path, None, TrainerCallback(), **settings)
@@ -270,7 +272,7 @@ def test_log_lines_carry_the_figures_of_the_checkpoint_saved_then(
     assert len(calls) == 4  # the norms are computed once a line
     for line, sunk, first in zip(history, late.lines, early.lines, strict=True):
         folder = tmp_path / f"checkpoint-{line['step']}"
-        model = CertifiedModel.__subclasses__() and AutoModelForImageClassification.from_pretrained(folder)
+        model = AutoModelForImageClassification.from_pretrained(folder)
         assert line[BOUND_KEY] == bound_of(folder)
         assert line[EXCESS_KEY] == Enforcer(model).max_excess() <= 0.0
         assert {key: sunk[key] for key in (BOUND_KEY, EXCESS_KEY)} == {
@@ -334,9 +336,11 @@ def test_a_free_parameter_that_is_not_finite(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no Lipschitz bound \(.*'classifier.bias' contains NaN.*\): load the last"):
         tiny_trainer(tmp_path, None, LipschitzCallback(), Poison()).train()
     trainer = tiny_trainer(tmp_path, None, LipschitzCallback(), Poison(), logging_steps=100, save_steps=1)
-    with pytest.warns(UncertifiedWarning, match="saved without a certificate: .*'classifier.bias'"):
-        with pytest.raises(UserError, match="checkpoint-1 was written without a certificate"):
-            trainer.train()
+    with (
+        pytest.warns(UncertifiedWarning, match=r"saved without a certificate: .*'classifier.bias'"),
+        pytest.raises(UserError, match="checkpoint-1 was written without a certificate"),
+    ):
+        trainer.train()
 
 
 class Foreign(nn.Module):

@@ -300,7 +300,7 @@ def test_without_augmentation_a_batch_is_the_images_in_the_unit_interval() -> No
 def test_rows_one_by_one_collate_to_the_same_batch() -> None:
     images = BatchedImages(tiny_images())
     whole, rows = images.__getitems__([1, 2]), [images[1], images[2]]
-    assert len(images) == 24 and images[1]["pixel_values"].shape == (1, 4, 4)
+    assert len(images) == 36 and images[1]["pixel_values"].shape == (1, 4, 4)
     for key, value in images.collate(rows).items():
         assert torch.equal(value, whole[key]) and torch.equal(images.collate(whole)[key], value)
 
@@ -342,14 +342,37 @@ def test_flip_mirrors_about_half_of_the_images() -> None:
     assert 430 <= int(mirrored.sum()) <= 570  # 500 +- 4.4 standard deviations
 
 
-def test_augmentation_leaves_the_data_alone_and_follows_the_seed() -> None:
-    data = tiny_images()
+def test_augmentation_leaves_the_data_alone_and_follows_seed_epoch_and_batch() -> None:
+    """And nothing else: whatever else is drawn, or fetched ahead, a resumed run sees the same images."""
+    data, everything = tiny_images(), list(range(36))
     before = data.pixel_values.clone()
-    images = BatchedImages(data, crop=1, flip=True)
-    torch.manual_seed(3)
-    first = images.__getitems__(list(range(24)))["pixel_values"]
-    other = images.__getitems__(list(range(24)))["pixel_values"]
-    torch.manual_seed(3)
-    assert torch.equal(images.__getitems__(list(range(24)))["pixel_values"], first)
-    assert not torch.equal(first, other) and torch.equal(data.pixel_values, before)
-    assert (first.min(), first.max()) >= (0.0, 0.0) and first.max() <= 1.0
+
+    def batch(seed: int = 3, epoch: int = 0, indices: list[int] = everything) -> torch.Tensor:
+        torch.manual_seed(seed)
+        images = BatchedImages(data, crop=1, flip=True)
+        images.set_epoch(epoch)
+        images.__getitems__(list(range(int(torch.randint(1, 30, (1,))))))
+        state = torch.get_rng_state()
+        pixels = images.__getitems__(indices)["pixel_values"]
+        assert torch.equal(torch.get_rng_state(), state)
+        return pixels
+
+    first = batch()
+    assert torch.equal(batch(), first)
+    assert not torch.equal(batch(seed=4), first) and not torch.equal(batch(epoch=1), first)
+    assert not torch.equal(batch(indices=everything[::-1]).flip(0), first)
+    assert first.min() >= 0.0 and first.max() <= 1.0 and torch.equal(data.pixel_values, before)
+
+
+def test_the_trainer_tells_the_epoch() -> None:
+    """Or an image would be augmented alike in every epoch where batches are small."""
+    from accelerate import Accelerator
+    from torch.utils.data import DataLoader
+
+    images = BatchedImages(tiny_images(4), crop=2)
+    loader = Accelerator(cpu=True).prepare(DataLoader(images, batch_size=1, collate_fn=images.collate))
+    epochs = []
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        epochs.append(torch.cat([batch["pixel_values"] for batch in loader]))
+    assert not torch.equal(*epochs)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from transformers.image_processing_backends import PilBackend
 from transformers.image_utils import PILImageResampling
 
-from hf_lipschitz.remote_code import PROCESSOR_AUTO_MAP
+from hf_lipschitz.remote_code import PROCESSOR_AUTO_MAP, write_remote_file
 
 
 class LipViTImageProcessorPil(PilBackend):
@@ -24,6 +26,12 @@ class LipViTImageProcessorPil(PilBackend):
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, with the ``auto_map`` that lets the folder load without an import of this package."""
         return {**super().to_dict(), "auto_map": dict(PROCESSOR_AUTO_MAP)}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; also writes the thin remote-code file, before anything is pushed."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        write_remote_file(save_directory)
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoImageProcessor") -> None:
