@@ -49,7 +49,7 @@ def certify(
     """
     if isinstance(target, str | os.PathLike):
         return _certify_folder(Path(target), norm, rules)
-    program = _own_program(type(target))(target)
+    program = own_program(type(target))(target)
     return make_certificate(program, state_arrays(target), {}, norm=norm, rules=rules)
 
 
@@ -58,8 +58,11 @@ def write_certificate(folder: str | os.PathLike[str], *, norm: Geometry = "l2") 
     certificate = certify(Path(folder), norm=norm)
     path = Path(folder) / FILE_NAME
     temporary = path.with_name(f".{FILE_NAME}.{os.getpid()}.tmp")
-    temporary.write_bytes(certificate.to_bytes())
-    os.replace(temporary, path)
+    try:
+        temporary.write_bytes(certificate.to_bytes())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return certificate
 
 
@@ -117,10 +120,10 @@ def program_of_class(kind: type[PreTrainedModel], config: Any) -> Program:
 
     with no_init_weights(), torch.device("meta"):
         model = kind(config)
-    return _own_program(kind)(model)
+    return own_program(kind)(model)
 
 
-def _own_program(kind: type) -> Callable[[Any], Program]:
+def own_program(kind: type) -> Callable[[Any], Program]:
     """The ``bound_program`` of a class, if no subclass overrides the forward that it speaks of."""
     definer = {name: next((c for c in kind.__mro__ if name in vars(c)), None) for name in ("bound_program", "forward")}
     if definer["bound_program"] is None:

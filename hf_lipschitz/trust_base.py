@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import platform
+import sys
 from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
 import numpy as np
 
+from hf_lipschitz import __version__
 from hf_lipschitz.bounds.errors import KernelError
 from hf_lipschitz.bounds.rule import Rule
 from hf_lipschitz.bounds.rules.table import BUILT_IN
@@ -17,10 +19,13 @@ from hf_lipschitz.errors import UserError
 
 
 def trust_base() -> dict[str, Any]:
-    """NumPy version, BLAS name and version, processor, whether subnormals are flushed, and the self-test's outcome."""
+    """Versions, the BLAS that NumPy was built with, processor, whether subnormals are flushed, the self-test."""
     config: Any = np.show_config(mode="dicts")
     blas = config.get("Build Dependencies", {}).get("blas", {})
+    loaded = {name: sys.modules[name].__version__ for name in ("torch", "transformers") if name in sys.modules}
     return {
+        "hf_lipschitz": __version__,
+        **loaded,
         "numpy": np.__version__,
         "blas": f"{blas.get('name', 'unknown')} {blas.get('version', '')}".strip(),
         "processor": platform.machine(),

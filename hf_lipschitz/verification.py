@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import json
-import re
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,18 +24,13 @@ from hf_lipschitz.bounds.errors import KernelError
 from hf_lipschitz.bounds.rule import Rule
 from hf_lipschitz.bounds.weights import Weights
 from hf_lipschitz.checkpoint_folder import findings
+from hf_lipschitz.configuration_check import CONFIGURATIONS, check_dtype, check_processor, redirections
 from hf_lipschitz.errors import UserError
-from hf_lipschitz.remote_code import PROCESSOR_AUTO_MAP, REMOTE_FILE_NAME, check_remote_file
+from hf_lipschitz.remote_code import REMOTE_FILE_NAME, check_remote_file
 from hf_lipschitz.trust_base import trust_base, trusted_rules
 from hf_lipschitz.verdict import CLAIMS, Verdict
 
-_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-_OWN_PROCESSORS = [name.rpartition(".")[2] for name in PROCESSOR_AUTO_MAP["AutoImageProcessor"].values()]
-# Keys with which transformers loads other weights, another configuration, or code from elsewhere.
-_REDIRECTIONS = (
-    *("transformers_weights", "configuration_files", "quantization_config", "custom_pipelines"),
-    *("attn_implementation", "experts_implementation", "per_layer_config"),
-)
+MAX_ENTRIES = 2**22  # of the images that program and model are executed on
 AGREEMENT = 1e-9  # largest difference of executed program and model, relative to the largest feature or logit
 
 
@@ -97,8 +92,10 @@ def verify(
     if require == "program" and state.claims["bound"] == "ok":
         _check_program(folder, report, rules, state)
     required = CLAIMS if require == "program" else ("bound", "rounding")
-    if report.certificate is not None and not report.certificate.rounding:
+    if report.certificate is not None and report.certificate.bound.norm != "l2":  # the allowances are in l2
         required = tuple(claim for claim in required if claim != "rounding")
+    elif report.certificate is not None and not report.certificate.rounding:
+        state.fail("rounding", "the certificate states no rounding allowance for any dtype")
     return Verdict(
         state.claims,
         tuple(state.reasons),
@@ -131,35 +128,13 @@ def _check_listing(folder: Path, report: Report, state: _State) -> None:
     for name in sorted(path.name for path in folder.glob("*.safetensors*")):
         if covered and name not in covered:
             refused.append(f"{name}: weights that the certificate does not cover; remove them")
-    for name in ("config.json", *_PROCESSORS):
-        refused.extend(_redirections(folder / name))
+    for name in CONFIGURATIONS:
+        refused.extend(redirections(folder / name))
     for path in sorted(folder.rglob(REMOTE_FILE_NAME)):
         if path.is_file() and not path.is_symlink() and not check_remote_file(path.read_bytes()):
             refused.append(f"{path.relative_to(folder)}: not one of the published texts; it was not run")
     for reason in refused:
         state.fail("bound", reason)
-
-
-def _redirections(path: Path) -> list[str]:
-    """Where a configuration makes transformers load something else than what is checked here."""
-    if not path.exists():
-        return []
-    try:
-        values = strict_json.object_of(strict_json.parse(strict_json.read_bytes(path), path.name), path.name)
-    except KernelError as error:
-        return [str(error)]
-    nested = [values, *(value for value in values.values() if isinstance(value, dict))]
-    found = {key for each in nested for key in _REDIRECTIONS if each.get(key) is not None}
-    reasons = [f"{path.name}: {key!r} may replace the weights or the code that was checked" for key in sorted(found)]
-    classes = {name for each in nested for name in _leaves(each.get("auto_map", []))}
-    module = REMOTE_FILE_NAME.removesuffix(".py")
-    foreign = sorted(str(name) for name in classes if not re.fullmatch(rf"{module}\.\w+", str(name)))
-    return reasons + [f"{path.name}: auto_map names {name!r}, code that is not the published file" for name in foreign]
-
-
-def _leaves(value: Any) -> list[Any]:
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
-    return [value] if children is None else [leaf for child in children for leaf in _leaves(child)]
 
 
 def _check_pins(
@@ -198,14 +173,17 @@ def _check_program(folder: Path, report: Report, rules: dict[str, Rule], state: 
     certificate, weights = report.certificate, report.weights
     assert certificate is not None and weights is not None
     try:
-        _check_processor(folder)
+        check_processor(folder)
+        check_dtype(folder / "config.json", weights.dtypes)
         rebuilt = program_of_folder(folder)
         if rebuilt.canonical_bytes() != certificate.program.canonical_bytes():
             raise KernelError(
                 f"the program is not the one that the class and config.json give: {_difference(rebuilt, certificate)}"
             )
         shape = tuple(certificate.program.nodes[0].attrs["shape"])
-        images = np.random.default_rng().random((4, *shape))
+        if math.prod(shape) > MAX_ENTRIES:
+            raise KernelError(f"not executed: an input of shape {shape} is larger than {MAX_ENTRIES} entries")
+        images = np.random.default_rng().random((min(4, MAX_ENTRIES // math.prod(shape)), *shape))
         executed = evaluate_program(certificate.program, weights, rules, images)
         for output, value in _model_outputs(folder, images, weights).items():
             scale = max(1.0, float(np.max(np.abs(executed[output]))))
@@ -217,13 +195,16 @@ def _check_program(folder: Path, report: Report, rules: dict[str, Rule], state: 
     except (KernelError, UserError) as error:
         state.fail("program", str(error))
     except Exception as error:  # whatever transformers and torch raise at what the folder's author wrote
-        state.fail("program", f"the model cannot be rebuilt from this folder ({type(error).__name__}: {error})")
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        state.fail("program", f"the model cannot be rebuilt from this folder ({reason})")
     else:
         state.claims["program"] = "ok"
+        if certificate.program.outputs["features"] == certificate.program.outputs["logits"]:
+            state.notes.append("a model without head: a class with one adds weights that nothing here covers")
 
 
 def _model_outputs(folder: Path, images: np.ndarray, weights: Weights) -> dict[str, np.ndarray]:
-    """Features and logits of the Auto class's own float64 forward, if it has loaded exactly the kernel's weights."""
+    """Float64 features and logits of the class that config.json names, if it loads exactly the kernel's weights."""
     import torch
     from transformers import AutoConfig
 
@@ -252,21 +233,6 @@ def _model_outputs(folder: Path, images: np.ndarray, weights: Weights) -> dict[s
             features = model(pixels).pooler_output.numpy()
             return {"features": features, "logits": features}
         return {"features": model.base_model(pixels).pooler_output.numpy(), "logits": model(pixels).logits.numpy()}
-
-
-def _check_processor(folder: Path) -> None:
-    """The image processor is saved after the model, so it is checked by meaning: rescale to [0, 1], no normalising."""
-    for name in _PROCESSORS:
-        if not (folder / name).exists():
-            continue
-        values = strict_json.object_of(strict_json.parse(strict_json.read_bytes(folder / name), name), name)
-        values = strict_json.object_of(values.get("image_processor", values), name)  # transformers nests it, or not
-        if values.get("do_normalize", True) is not False:
-            raise KernelError(f"{name}: the processor normalises, the certificate speaks of pixels in [0, 1]")
-        if values.get("do_rescale") is not True or values.get("rescale_factor") != 1.0 / 255.0:
-            raise KernelError(f"{name}: the processor must rescale by 1/255, so that pixels lie in [0, 1]")
-        if values.get("image_processor_type", _OWN_PROCESSORS[0]) not in _OWN_PROCESSORS:
-            raise KernelError(f"{name}: {values['image_processor_type']!r} is none of {', '.join(_OWN_PROCESSORS)}")
 
 
 def _difference(rebuilt: Any, certificate: Certificate) -> str:

@@ -101,7 +101,7 @@ def check_folder(folder: Path, rules: Mapping[str, Rule]) -> Report:
         report.certificate = Certificate.from_bytes(strict_json.read_bytes(folder / FILE_NAME))
         report.weights = read_weights(folder)
         _check_digests(folder, report.certificate, report.weights)
-        _compare(report, report.certificate, report.weights, rules)
+        compare(report, report.certificate, report.weights, rules)
     except KernelError as error:
         report.fail("bound", str(error))
     return report
@@ -120,7 +120,8 @@ def _check_digests(folder: Path, certificate: Certificate, weights: Weights) -> 
             )
 
 
-def _compare(report: Report, certificate: Certificate, weights: Weights, rules: Mapping[str, Rule]) -> None:
+def compare(report: Report, certificate: Certificate, weights: Mapping[str, Array], rules: Mapping[str, Rule]) -> None:
+    """Re-derive what a certificate claims of weights and record in the report what is less than it takes."""
     geometry: Geometry = "l2" if certificate.bound.norm == "l2" else "token_max"
     derived = derive(
         certificate.program,

@@ -15,10 +15,12 @@ from transformers.utils.hub import cached_file
 
 from hf_lipschitz.bounds import strict_json
 from hf_lipschitz.bounds.certificate import FILE_NAME, Certificate
+from hf_lipschitz.bounds.check import Report, compare
 from hf_lipschitz.bounds.errors import KernelError
 from hf_lipschitz.bounds.program import Program
+from hf_lipschitz.bounds.rules.table import BUILT_IN
 from hf_lipschitz.bounds.weights import INDEX, SINGLE
-from hf_lipschitz.certify import write_certificate
+from hf_lipschitz.certify import own_program, state_arrays, write_certificate
 from hf_lipschitz.remote_code import AUTO_MAP, write_remote_file
 
 
@@ -44,9 +46,9 @@ class CertifiedModel(PreTrainedModel):
     def certificate(self) -> Certificate | None:
         """The certificate of exactly the weights in memory, or None with an ``UncertifiedWarning`` that says why.
 
-        Every stored tensor is compared, bit for bit, with the file that the certificate covers, and the layers with its
-        program, so a cast, quantised, resized, merged, rebuilt or further trained model has none. Costs one reading of
-        the weight files.
+        The bound is re-derived from the stored weights, every stored tensor is compared, bit for bit, with the one in
+        memory, and the layers with the program, so a cast, quantised, resized, merged, rebuilt or further trained model
+        has none. Costs what certifying costs.
         """
         try:
             return self._checked_certificate()
@@ -72,10 +74,13 @@ class CertifiedModel(PreTrainedModel):
                 raise KernelError(
                     f"tensor {name!r} has changed since it was certified: save the model to certify it anew"
                 )
-        if self.bound_program().canonical_bytes() != certificate.program.canonical_bytes():
+        if own_program(type(self))(self).canonical_bytes() != certificate.program.canonical_bytes():
             raise KernelError(
                 "its layers are not those that the certificate describes: save the model to certify it anew"
             )
+        compare(report := Report(), certificate, state_arrays(self), BUILT_IN)  # re-derived, not believed
+        if report.reasons:
+            raise KernelError(f"the certificate claims too much: {report.reasons[0]}")
         return certificate
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:

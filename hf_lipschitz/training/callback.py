@@ -17,7 +17,7 @@ from hf_lipschitz.bounds.certificate import FILE_NAME
 from hf_lipschitz.bounds.engine import bound_program
 from hf_lipschitz.bounds.errors import KernelError
 from hf_lipschitz.bounds.rules.table import BUILT_IN
-from hf_lipschitz.certify import state_arrays
+from hf_lipschitz.certify import own_program, state_arrays
 from hf_lipschitz.errors import UserError
 from hf_lipschitz.models.certified_model import UncertifiedWarning
 from hf_lipschitz.optim.enforcement import Enforcer, bare_model
@@ -119,7 +119,7 @@ class LipschitzCallback(TrainerCallback):
         found = {EXCESS_KEY: enforcer.max_excess()}
         if hasattr(bare, "bound_program"):
             try:
-                bound = bound_program(bare.bound_program(), state_arrays(bare), BUILT_IN)
+                bound = bound_program(own_program(type(bare))(bare), state_arrays(bare), BUILT_IN)
             except KernelError as error:
                 raise UserError(f"the weights have no Lipschitz bound ({error}): load the last good ones") from error
             found[BOUND_KEY] = bound.outputs["logits"].lipschitz

@@ -214,11 +214,13 @@ def _column(spec: DataSection, kind: str, candidates: list[str], rows: Any) -> s
 
 def _decode(images: Any, size: int | None, channels: int) -> torch.Tensor:
     """PIL images -> one uint8 tensor (N, C, H, W); all must have one size."""
+    from PIL import Image
+
     result: np.ndarray | None = None
     for index, image in enumerate(_readable(images)):
         image = image.convert("L" if channels == 1 else "RGB")
         if size is not None and image.size != (size, size):
-            image = image.resize((size, size))
+            image = image.resize((size, size), Image.Resampling.BILINEAR)  # as the image processor
         array = np.asarray(image).reshape(image.size[1], image.size[0], channels)
         if result is None:
             result = np.empty((len(images), *array.shape), dtype=np.uint8)

@@ -195,12 +195,13 @@ def training_arguments(recipe: Recipe, folder: Path, *, progress: bool = True) -
 
 
 def image_processor(config: LipViTConfig) -> Any:
-    """The processor of a model: resize to the model's image size, rescale to [0, 1], normalise nothing."""
+    """The processor of a model: its number of channels, its image size, rescale to [0, 1], normalise nothing."""
     if is_torchvision_available():
         from hf_lipschitz.models.lip_vit.image_processing_lip_vit import LipViTImageProcessor as Processor
     else:
         from hf_lipschitz.models.lip_vit.image_processing_pil_lip_vit import LipViTImageProcessorPil as Processor
-    return Processor(size={"height": config.image_size, "width": config.image_size})
+    size = {"height": config.image_size, "width": config.image_size}
+    return Processor(size=size, num_channels=config.num_channels)  # pyright: ignore[reportCallIssue]
 
 
 def save_processor(folder: Path, config: LipViTConfig) -> None:

@@ -92,7 +92,7 @@ def edit_weights(folder: Path, change: Callable[[dict[str, Array]], Any]) -> Non
     """Change the stored tensors and make the digests right."""
     tensors = {name: np.array(value) for name, value in load_file(folder / SINGLE).items()}
     change(tensors)
-    save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, folder / SINGLE)
+    save_file({name: np.array(value, order="C") for name, value in tensors.items()}, folder / SINGLE)
     rehash(folder)
 
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from hf_lipschitz.bounds.certificate import FILE_NAME, Certificate
-from hf_lipschitz.bounds.check import check_folder
+from hf_lipschitz.bounds.check import _check_digests, check_folder
 from hf_lipschitz.bounds.errors import KernelError
 from hf_lipschitz.bounds.rules.table import BUILT_IN
-from hf_lipschitz.bounds.weights import SINGLE
+from hf_lipschitz.bounds.weights import SINGLE, read_weights
 from hf_lipschitz.models.lip_vit.modeling_lip_vit import LipViTModel
 from tests.attacks.forging import CONFIG, copied, flip, honest_folder
 from tests.models.cases import tiny
@@ -62,6 +62,18 @@ def _every_flip_of_a_certificate_is_found(folder: Path, bits: Iterable[int]) -> 
     Certificate.from_bytes(data)
 
 
+def _every_flip_of_the_config_is_found(folder: Path, bits: Iterable[int]) -> None:
+    """The kernel does not parse it: its digest is all that counts."""
+    certificate, weights = Certificate.from_bytes((folder / FILE_NAME).read_bytes()), read_weights(folder)
+    path, data = folder / CONFIG, (folder / CONFIG).read_bytes()
+    for bit in bits:
+        flip(path, bit)
+        with pytest.raises(KernelError, match=r"config\.json: its SHA-256 is not the certificate's"):
+            _check_digests(folder, certificate, weights)
+        path.write_bytes(data)
+    _check_digests(folder, certificate, weights)
+
+
 def test_certificate(honest: Path) -> None:
     _every_flip_of_a_certificate_is_found(honest, _bits(honest / FILE_NAME)[::61])
 
@@ -85,8 +97,10 @@ def test_all_bits(smallest: Path, tmp_path: Path, name: str) -> None:
     folder = copied(smallest, tmp_path / "folder")
     if name == FILE_NAME:
         _every_flip_of_a_certificate_is_found(folder, _bits(folder / name))
-    else:
+    elif name == SINGLE:
         _every_flip_of_a_file_is_found(folder, name, _bits(folder / name))
+    else:
+        _every_flip_of_the_config_is_found(folder, _bits(folder / name))
 
 
 @pytest.mark.parametrize("name", [FILE_NAME, CONFIG, SINGLE])
@@ -94,6 +108,7 @@ def test_the_command_says_so_with_its_exit_status(honest: Path, tmp_path: Path, 
     folder = copied(honest, tmp_path / "folder")
     flip(folder / name, 8 * ((folder / name).stat().st_size // 2))
     command = [sys.executable, "-m", "hf_lipschitz.cli.main", "verify", str(folder), "--require", "bound"]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    root = Path(__file__).resolve().parents[2]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=root)
     assert run.returncode == 1, run.stdout + run.stderr
     assert name in run.stdout + run.stderr

@@ -92,7 +92,7 @@ def test_certificates(folder: Path) -> None:
 
 @pytest.mark.slow_ci
 def test_many_certificates(folder: Path) -> None:
-    _certificates(folder, 8000, seed=1)
+    _certificates(folder, 4000, seed=1)
 
 
 def test_headers_of_weights(folder: Path) -> None:

@@ -18,7 +18,7 @@ from hf_lipschitz.models.certified_model import CertifiedModel
 from hf_lipschitz.verification import verify
 from tests.attacks.attacks_files import FILES, HARMLESS
 from tests.attacks.attacks_lies import LIES
-from tests.attacks.forging import Attack, copied, edit_config, honest_folder, rewrite, written
+from tests.attacks.forging import Attack, copied, edit_config, honest_folder, written
 
 ATTACKS = (*LIES, *FILES)
 
@@ -74,18 +74,6 @@ def test_training_state_is_mentioned(folder: Path) -> None:
         written(name)(folder)
     verdict = verify(folder)
     assert verdict.ok and len(verdict.notes) == 3 and all("training state" in note for note in verdict.notes)
-
-
-def test_a_certificate_without_rounding_claims_none(folder: Path) -> None:
-    """The table of matrices then has no absolute norms either; claim 3 is reported as not checked."""
-
-    def change(content: Any) -> None:
-        content["rounding"] = {}
-        content["matrices"] = [m for m in content["matrices"] if not m["label"].endswith("|abs")]
-
-    rewrite(folder, change)
-    verdict = verify(folder)
-    assert verdict.ok and verdict.claims["rounding"] == "not_checked"
 
 
 def test_a_model_that_loads_other_tensors_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,6 @@ import torch
 from hf_lipschitz import verify
 from hf_lipschitz.models.lip_vit.configuration_lip_vit import LipViTConfig
 from hf_lipschitz.models.lip_vit.image_processing_lip_vit import LipViTImageProcessor
-from hf_lipschitz.models.lip_vit.image_processing_pil_lip_vit import LipViTImageProcessorPil
 from hf_lipschitz.models.lip_vit.modeling_lip_vit import LipViTForImageClassification
 from hf_lipschitz.remote_code import AUTO_MAP, PROCESSOR_AUTO_MAP, REMOTE_FILE_NAME, check_remote_file
 from hf_lipschitz.testing.loopback_hub import LoopbackHub
@@ -92,7 +91,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Published:
     sizes = {"image_size": 4, "num_channels": 1, "patch_size": 2, "stages": [{"depth": 1, "width": 8}]}
     model = LipViTForImageClassification(LipViTConfig(**sizes, num_labels=3)).eval()
     model.save_pretrained(place["checkpoint"])
-    LipViTImageProcessor(size={"height": 4, "width": 4}).save_pretrained(place["checkpoint"])
+    LipViTImageProcessor(size={"height": 4, "width": 4}, num_channels=1).save_pretrained(place["checkpoint"])
     shutil.copytree(place["checkpoint"], place["armed"])
     Path(place["armed"], REMOTE_FILE_NAME).write_text("raise SystemExit('remote code was run')\n")
     cases = every_case(place)
@@ -181,11 +180,3 @@ def test_with_the_package_imported_nothing_remote_is_run(published: Published, k
     """The folder's thin file would end the process."""
     found, remote = published.value("imported_first", kind, published.place("armed"), trust)
     assert (found, remote) == (FOUND[kind], [])
-
-
-@pytest.mark.parametrize("processor", [LipViTImageProcessor, LipViTImageProcessorPil])
-def test_both_processors_save_the_same_file(processor: Any, tmp_path: Path) -> None:
-    processor(size={"height": 4, "width": 4}).save_pretrained(tmp_path / "new" / "folder")
-    saved = json.loads((tmp_path / "new" / "folder" / "preprocessor_config.json").read_text())
-    assert saved["auto_map"] == PROCESSOR_AUTO_MAP and saved["do_normalize"] is False
-    assert check_remote_file((tmp_path / "new" / "folder" / REMOTE_FILE_NAME).read_bytes())

@@ -72,6 +72,7 @@ def expression_tensors(expression: Any) -> Iterator[str]:
         yield from expression_tensors(argument)
 
 
+@np.errstate(over="ignore", invalid="ignore")  # what overflows becomes an infinite end, or NaN, and no finite bound
 def enclose(expression: Any, tensors: Mapping[str, Array], roundoff: float = 0.0) -> Enclosure:
     """Enclose the real value of a checked expression: elementwise, shape () or (n,).
 

@@ -7,13 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from transformers.image_processing_backends import PilBackend
-from transformers.image_utils import PILImageResampling
+from transformers.image_utils import PILImageResampling, is_pil_image
 
 from hf_lipschitz.remote_code import PROCESSOR_AUTO_MAP, write_remote_file
 
 
 class LipViTImageProcessorPil(PilBackend):
-    """Images -> ``pixel_values`` (B, C, H, W) in [0, 1]. Resizing is outside the certificate."""
+    """Images -> ``pixel_values`` (B, C, H, W) in [0, 1]. Resizing is outside the certificate.
+
+    ``num_channels`` (1 or 3) is what the model takes: pipelines make every image RGB, whatever it was trained on.
+    """
 
     resample = PILImageResampling.BILINEAR
     size = {"height": 32, "width": 32}
@@ -22,6 +25,13 @@ class LipViTImageProcessorPil(PilBackend):
     rescale_factor = 1 / 255
     do_normalize = False
     do_convert_rgb = None
+    num_channels: int | None = None
+
+    def process_image(self, image: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers, after a PIL image of any mode has become grey or RGB as ``num_channels`` says."""
+        if self.num_channels in (1, 3) and is_pil_image(image):
+            image = image.convert("L" if self.num_channels == 1 else "RGB")
+        return super().process_image(image, *args, **kwargs)
 
     def to_dict(self) -> dict[str, Any]:
         """As in transformers, with the ``auto_map`` that lets the folder load without an import of this package."""
