@@ -12,6 +12,7 @@ import dataclasses
 import decimal
 import io
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -236,8 +237,8 @@ def _accuracy_section(evaluation: Measured) -> str:
     for attack in evaluation.attacks:
         text += (
             f"\nAn attack ({attack['attack']}, {attack['steps']} steps, {attack['restarts']} restarts) just inside "
-            f"each image's certified radius changed {attack['changed']} of {attack['attacked']} predictions of the "
-            f"{attack['dtype']} model.\n"
+            f"each image's certified radius (by {attack['slack']:g}, pixel units) changed {attack['changed']} of "
+            f"{attack['attacked']} predictions of the {attack['dtype']} model.\n"
         )
     return text
 
@@ -248,8 +249,8 @@ def rounded_up(value: float, digits: int = 5) -> str:
 
 
 def percent(fraction: float) -> str:
-    """A fraction as a percentage with one decimal."""
-    return f"{100.0 * fraction:.1f} %"
+    """A fraction as a percentage with one decimal, rounded down: an accuracy is never shown larger than it was."""
+    return f"{math.floor(1000.0 * fraction + 1e-9) / 10.0:.1f} %"
 
 
 def _promise_section(certificate: Certificate) -> str:

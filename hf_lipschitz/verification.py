@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -78,8 +79,7 @@ def verify(
 
     Source: docs/certificate_format.md.
     """
-    if require not in ("bound", "program"):
-        raise UserError(f"require is {require!r}: choose 'bound' (kernel only) or 'program'")
+    _check_usage(require, max_bound, sha256)
     rules, foreign = trusted_rules(trust)
     folder, commit = _locate(source, endpoint, token)
     state = _State()
@@ -107,6 +107,15 @@ def verify(
         foreign,
         required,
     )
+
+
+def _check_usage(require: str, max_bound: float | None, sha256: str | None) -> None:
+    if require not in ("bound", "program"):
+        raise UserError(f"require is {require!r}: choose 'bound' (kernel only) or 'program'")
+    if max_bound is not None and not max_bound > 0.0:
+        raise UserError(f"max_bound is {max_bound!r}: pin a positive number")
+    if sha256 is not None and not re.fullmatch("[0-9a-fA-F]{64}", sha256):
+        raise UserError(f"sha256 is {sha256!r}: pin the 64 hexadecimal digits of the certificate file's SHA-256")
 
 
 def _locate(source: str | Path, endpoint: str | None, token: str | None) -> tuple[Path, str | None]:

@@ -53,7 +53,7 @@ def sha256(data: bytes) -> str:
 def read_bytes(path: Path, limit: int = MAX_BYTES) -> bytes:
     """Read a plain file (no symbolic link) of at most ``limit`` bytes; KernelError otherwise."""
     if path.is_symlink() or not path.is_file():
-        raise KernelError(f"{path.name}: missing, or not a plain file, in {path.parent.name or '.'}")
+        raise KernelError(f"{path.name}: missing from {path.parent.name or '.'}, or not a plain file")
     if path.stat().st_size > limit:
         raise KernelError(f"{path.name}: {path.stat().st_size} bytes exceed the limit of {limit}")
     return path.read_bytes()

@@ -21,7 +21,9 @@ def train(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="The recipe, a YAML file.")],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="DIR", help="The checkpoint folder [default: ./<recipe's name>]."),
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="The checkpoint folder; by default one named after the recipe."
+        ),
     ] = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint in the output folder.")] = False,
     overwrite: Annotated[bool, typer.Option(help="Delete an earlier run in the output folder first.")] = False,

@@ -47,8 +47,9 @@ class BatchCentering(nn.Module):
         if not self.training:
             return x - self.running_mean + self.bias
         mean = x.flatten(0, -2).mean(dim=0)
-        with torch.no_grad():
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        if not _is_recomputing():
+            with torch.no_grad():
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
         return x - mean + self.bias.to(x.dtype)
 
     def bound_nodes(self, builder: ProgramBuilder, x: int) -> int:
@@ -59,6 +60,13 @@ class BatchCentering(nn.Module):
         return builder.add(
             "offset@1", centred, attrs={"axis": "channel", "negative": False}, tensors={"offset": self.bias}
         )
+
+
+def _is_recomputing() -> bool:
+    """Whether gradient checkpointing runs a forward again inside backward, after statistics have been updated."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._current_graph_task_id() != -1  # -1 outside of backward; torch's own checkpointing asks the same
 
 
 class LipschitzMap(nn.Module):

@@ -53,11 +53,11 @@ class DataSection(_Section):
 
 
 class LossSection(_Section):
-    """Which loss, at which radius (pixel units), and the factor on the logits inside it."""
+    """Which loss, at which radius (pixel units), and the factor on the logits inside it; by default the loss's own."""
 
     name: str = "emma"
-    epsilon: Annotated[Number, Field(gt=0)] = 36 / 255
-    scale: Annotated[Number, Field(gt=0)] = 3.0
+    epsilon: Annotated[Number, Field(gt=0)] | None = None
+    scale: Annotated[Number, Field(gt=0)] | None = None
 
 
 class OptimizerSection(_Section):

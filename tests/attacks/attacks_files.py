@@ -158,7 +158,20 @@ FILES: list[tuple[str, Attack, str, str]] = [
         "program",
         "mismatched|cannot be rebuilt",
     ),
+    (
+        "weights cast on loading",
+        configured(dtype="bfloat16"),
+        "program",
+        "dtype 'bfloat16' casts weights stored as F32",
+    ),
+    (
+        "a nested processor where transformers looks above",
+        processed(image_processor={"do_normalize": False}, do_normalize=True),
+        "program",
+        "'image_processor' does not belong here",
+    ),
     # redirections of a loader
+    ("kernel by property", configured(_attn_implementation="eager"), "bound", "'_attn_implementation' may replace"),
     (
         "other weights file",
         configured(transformers_weights="other.safetensors"),

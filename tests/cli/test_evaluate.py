@@ -9,6 +9,7 @@ import pytest
 
 from hf_lipschitz.cli import attacking
 from hf_lipschitz.cli.evaluate import parse_radii
+from hf_lipschitz.model_card import percent
 from tests.cli.conftest import Call, flip_a_bit
 
 
@@ -31,7 +32,7 @@ def test_json_and_card(call: Call, folder: Path) -> None:
     assert list(evaluation["certified"]) == [repr(0.0), repr(36 / 255)]
     assert evaluation["clean_accuracy"] >= evaluation["certified"]["0.0"] >= evaluation["certified"][repr(36 / 255)]
     card = (folder / "README.md").read_text()
-    assert f"{100 * evaluation['clean_accuracy']:.1f} %" in card and "certified at 36/255" in card
+    assert percent(evaluation["clean_accuracy"]) in card and "certified at 36/255" in card
     assert (folder / "certified_accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -49,7 +50,7 @@ def test_the_attack_fails_inside_and_succeeds_far_outside(call: Call, folder: Pa
     assert [attacks[dtype]["changed"] for dtype in ("float32", "float64")] == [0, 0]
     assert all(attacks[dtype]["images"] == 12 and attacks[dtype]["steps"] == 50 for dtype in ("float32", "float64"))
     assert attacks["control"]["changed"] > 0
-    assert (folder / "README.md").read_text().count("changed 0 of") == 2
+    assert not (folder / "README.md").exists()  # a card speaks of a whole split
 
 
 def test_a_successful_attack_is_status_1(call: Call, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

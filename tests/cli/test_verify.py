@@ -49,7 +49,6 @@ WRONG: list[tuple[Callable[[Path], object], list[str], str]] = [
     (_add_code, ["--require", "bound"], "modeling.py"),
     (_normalise, [], "normalise"),
     (lambda folder: None, ["--require", "bound", "--max-bound", "0.5"], "0.5"),
-    (lambda folder: None, ["--require", "bound", "--max-bound", "nan"], "nan"),
     (lambda folder: None, ["--require", "bound", "--norm", "token_max"], "token_max"),
     (lambda folder: None, ["--require", "bound", "--from", "embeddings"], "embeddings"),
     (lambda folder: None, ["--require", "bound", "--sha256", "0" * 64], "SHA-256"),

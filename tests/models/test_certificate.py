@@ -12,12 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForImageClassification
 
-from hf_lipschitz.bounds.certificate import FILE_NAME, Certificate
+from hf_lipschitz.bounds.certificate import FILE_NAME, Bound, Certificate
 from hf_lipschitz.certify import certify
 from hf_lipschitz.errors import UserError
 from hf_lipschitz.models.certified_model import UncertifiedWarning
 from hf_lipschitz.models.lip_vit.modeling_lip_vit import LipViTForImageClassification
 from hf_lipschitz.nn.activation import PartialAbs
+from tests.attacks.forging import rewrite
 from tests.models.cases import filled, tiny
 
 Model = LipViTForImageClassification
@@ -235,3 +236,11 @@ def test_a_subclass_with_another_forward_gets_no_certificate() -> None:
 def test_a_model_without_program_gets_no_certificate() -> None:
     with pytest.raises(UserError, match="Linear states no bound program"):
         certify(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+
+
+def test_a_lie_told_consistently_is_not_believed(folder: Path) -> None:
+    """The bound is re-derived on access: a lowered one, digests made right, gives no certificate."""
+    rewrite(folder, lambda content: content.update(bound=Bound(1e-3, "l2", "pixels[0,1]", "logits").to_json()))
+    model = AutoModelForImageClassification.from_pretrained(folder)
+    with pytest.warns(UncertifiedWarning, match="claims too much: the bound to logits"):
+        assert model.certificate is None

@@ -121,3 +121,17 @@ def test_every_matrix_of_a_model_has_a_constraint() -> None:
         for name, parameter in model.named_parameters():
             found = [rule for rule in rules if re.fullmatch(rule["pattern"], name)]
             assert (len(found) == 1) == (parameter.ndim == 2), name
+
+
+@pytest.mark.parametrize(
+    ("rule", "says"),
+    [
+        ({"pattern": "x", "cap": "stiefel", "value": -1.0}, "a cap must be a number greater than 0"),
+        ({"pattern": "(", "cap": "stiefel", "value": 1.0}, "no regular expression"),
+        ({"pattern": "x", "value": 1.0}, "it needs pattern, cap, value"),
+        ({"pattern": "x", "cap": "stiefel", "value": 1.0, "bound": 2}, "it needs pattern, cap, value"),
+    ],
+)
+def test_constraints_are_read_where_they_are_written(rule: dict[str, object], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        LipViTConfig(constraints=[rule])

@@ -143,6 +143,31 @@ def test_fresh_weights_satisfy_the_constraints(model: Model) -> None:
 # Running
 
 
+def test_hidden_states_of_stages() -> None:
+    """Stages without blocks appear too: the first state is the embedding, the last one what is pooled."""
+    stages = [{"depth": 0, "width": 8}, {"depth": 1, "width": 12}, {"depth": 0, "width": 6}]
+    model = filled(tiny(stages=stages, patch_size=2, num_attention_heads=2)).eval()
+    images = torch.rand(2, *(model.config.num_channels, 8, 8))
+    output = model.lip_vit(images, output_hidden_states=True)
+    assert [tuple(state.shape[1:]) for state in output.hidden_states] == [(16, 8), (4, 12), (4, 12), (1, 6)]
+    assert torch.equal(output.hidden_states[-1], output.last_hidden_state)
+
+
+def test_checkpointing_updates_running_means_once() -> None:
+    """The forward that gradient checkpointing repeats inside backward must not count its batch again."""
+    images, means = torch.rand(4, 1, 8, 8), []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        model = filled(tiny(batch_centering=True, num_channels=1))
+        if checkpointed:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
+        model.train()
+        model(images, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+        means.append([b.clone() for name, b in model.named_buffers() if name.endswith("running_mean")])
+    assert means[0] and all(torch.equal(a, b) for a, b in zip(*means, strict=True))
+
+
 def test_hidden_states(model: Model, images: torch.Tensor) -> None:
     with torch.no_grad():
         plain = model(images)

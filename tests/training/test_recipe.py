@@ -40,7 +40,7 @@ def test_the_smallest_recipe_has_the_documented_defaults(smallest: Path) -> None
     recipe = load_recipe(smallest)
     assert (recipe.model.family, recipe.model.preset, recipe.model.config) == ("lip_vit", None, {})
     assert (recipe.data.train_split, recipe.data.test_split, recipe.data.resize) == ("train", "test", False)
-    assert (recipe.loss.name, recipe.loss.epsilon, recipe.loss.scale) == ("emma", 36 / 255, 3.0)
+    assert (recipe.loss.name, recipe.loss.epsilon, recipe.loss.scale) == ("emma", None, None)
     assert recipe.evaluation.radii == (0.0, 36 / 255, 72 / 255, 108 / 255, 1.0)
 
 
@@ -82,7 +82,7 @@ OVERRIDES: list[tuple[str, str, Any]] = [
 def test_overrides_are_yaml_values(smallest: Path, key: str, text: str, expected: Any) -> None:
     recipe = load_recipe(smallest, {key: text})
     if key == "loss":
-        assert (recipe.loss.name, recipe.loss.scale, recipe.loss.epsilon) == ("gloro", 2.0, 36 / 255)
+        assert (recipe.loss.name, recipe.loss.scale, recipe.loss.epsilon) == ("gloro", 2.0, None)
     else:
         value = looked_up(recipe, key)
         assert value == expected and type(value) is type(expected)

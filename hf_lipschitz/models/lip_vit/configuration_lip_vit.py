@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -90,6 +91,7 @@ class LipViTConfig(PreTrainedConfig):
             self.constraints = default_constraints()
         _check_choices(self)
         _check_sizes(self)
+        _check_constraints(self.constraints)
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -141,6 +143,22 @@ def _check_stages(stages: list[dict[str, int]]) -> None:
             raise ValueError(f"stages[{index}] is {stage}: depth must be at least 0 and width at least 1")
     if not stages:
         raise ValueError("stages is empty: give at least one {'depth': d, 'width': w}")
+
+
+def _check_constraints(constraints: list[dict[str, Any]]) -> None:
+    """What needs no torch; cap names are checked where the caps are (hf_lipschitz/optim/routing.py)."""
+    for index, rule in enumerate(constraints):
+        value = rule.get("value")
+        if not {"pattern", "cap", "value"} <= set(rule) <= {"pattern", "cap", "norm", "value", "heads"}:
+            raise ValueError(
+                f"constraints[{index}] is {rule}: it needs pattern, cap, value, and may have norm and heads"
+            )
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0.0:
+            raise ValueError(f"constraints[{index}] has the value {value!r}: a cap must be a number greater than 0")
+        try:
+            re.compile(rule["pattern"])
+        except (re.error, TypeError) as error:
+            raise ValueError(f"constraints[{index}] has a pattern that is no regular expression ({error})") from None
 
 
 def _check_choices(config: LipViTConfig) -> None:

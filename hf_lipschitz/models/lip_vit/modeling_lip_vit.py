@@ -110,6 +110,22 @@ class LipViTBlock(GradientCheckpointingLayer):
         return x
 
 
+class LipViTReduction(LipschitzMap):
+    """2 x 2 patch merging through an orthogonal map with its activation: (B, N, d) -> (B, N / 4, width)."""
+
+    def __init__(self, config: LipViTConfig, grid: tuple[int, int], incoming: int, width: int) -> None:
+        super().__init__(4 * incoming, width, _activation(config, width), centering=config.batch_centering)
+        self.merge = PatchMerge(*grid)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Merge, then map."""
+        return super().forward(self.merge(x))
+
+    def bound_nodes(self, builder: ProgramBuilder, x: int) -> int:
+        """The merging and the nodes of the map."""
+        return super().bound_nodes(builder, builder.apply(self.merge, x))
+
+
 class LipViTStage(nn.Module):
     """An optional 2 x 2 patch merging through an orthogonal map, then blocks of one width."""
 
@@ -117,24 +133,23 @@ class LipViTStage(nn.Module):
         super().__init__()
         stages, grids = config.stages or [], config.grids()
         width = stages[index]["width"]
-        self.merge = PatchMerge(*grids[index - 1]) if index > 0 else None
-        self.reduction = _map(config, 4 * stages[index - 1]["width"], width) if index > 0 else None
+        before = stages[index - 1]["width"]
+        self.reduction = LipViTReduction(config, grids[index - 1], before, width) if index > 0 else None
         blocks = [LipViTBlock(config, width, grids[index], first_block + i) for i in range(stages[index]["depth"])]
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         """(B, N, d) -> (B, N / 4 or N, width)."""
         x = hidden_states
-        if self.merge is not None and self.reduction is not None:
-            x = self.reduction(self.merge(x))
+        if self.reduction is not None:
+            x = self.reduction(x)
         for block in self.blocks:
             x = block(x, **kwargs)
         return x
 
     def bound_nodes(self, builder: ProgramBuilder, x: int) -> int:
         """The nodes of its parts, in order."""
-        before = [self.merge, self.reduction] if self.merge is not None and self.reduction is not None else []
-        for module in (*before, *self.blocks):
+        for module in (*([] if self.reduction is None else [self.reduction]), *self.blocks):
             x = builder.apply(module, x)
         return x
 
@@ -153,7 +168,8 @@ class LipViTPreTrainedModel(CertifiedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
-    _can_record_outputs = {"hidden_states": LipViTBlock, "attentions": BoundedAttention}
+    # the embeddings' output, then that of every reduction and block, in order
+    _can_record_outputs = {"hidden_states": [LipViTBlock, LipViTReduction], "attentions": BoundedAttention}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
