@@ -53,6 +53,15 @@ def _queries_and_keys() -> tuple[Example, Array]:
     return _example(query, key, value, 2, 1, 1e-3, radius), x
 
 
+def _one_key_moves() -> tuple[Example, Array]:
+    """One key of 64, with half of each query's weight, moves along all queries: sqrt(N) tau r / 2, near tau r sqrt(c)."""
+    tokens, radius = 64, 100.0
+    x = np.tile([1.0, -1.0, -radius], (tokens, 1))
+    x[0] = [1.0, 1.0, radius]
+    rows = [np.concatenate([_rows(3, axis), np.zeros((1, 3), np.float32)]) for axis in (0, 1, 2)]
+    return _example(*rows, tokens, 1, 0.5 * float(np.log(tokens - 1)), radius), x
+
+
 def _values_of_two_tokens() -> tuple[Example, Array]:
     """Two heads that read different tokens, each of which moves by one: sqrt(2), where |W_v| is 1."""
     query = np.concatenate([_rows(4, 0), np.zeros((1, 4), np.float32)] * 2)
@@ -98,6 +107,11 @@ class _WithoutColumns(SoftmaxAttention):
         return [1.0] * call.attrs["heads"]
 
 
+class _WithoutColumnsOfKeys(SoftmaxAttention):
+    def _norm(self, call: Call, slot: str, form: str, scale: list[float]) -> float:
+        return super()._norm(call, slot, form, self._strength(call) if slot == "key" else scale)
+
+
 class _WithoutKeys(SoftmaxAttention):
     def _norm(self, call: Call, slot: str, form: str, scale: list[float]) -> float:
         return 0.0 if slot == "key" else super()._norm(call, slot, form, scale)
@@ -120,13 +134,26 @@ class _WithOneMatrixForAllHeads(SoftmaxAttention):
         return norm / float(np.sqrt(call.attrs["heads"]))
 
 
+def test_the_example_of_one_key_is_close() -> None:
+    example, x = _one_key_moves()
+    assert 0.5 < _ratio(example, x, "l2") / claimed_constant(example, "l2") <= 1.0
+
+
 @pytest.mark.parametrize(
-    "mistake", [_WithoutQueries, _WithoutColumns, _WithoutKeys, _WithoutValues, _WithOneMatrixForAllHeads]
+    "mistake",
+    [
+        _WithoutQueries,
+        _WithoutColumns,
+        _WithoutColumnsOfKeys,
+        _WithoutKeys,
+        _WithoutValues,
+        _WithOneMatrixForAllHeads,
+    ],
 )
 def test_a_forgotten_term_is_found(mistake: type[Rule]) -> None:
     caught = [
         geometry
-        for geometry, make in _REACHED
+        for geometry, make in [*_REACHED, ("l2", _one_key_moves)]
         for example, x in [make()]
         if _ratio(example, x, geometry) > claimed_constant(example, geometry, mistake())
     ]

@@ -308,14 +308,15 @@ def test_no_rounding_claim_for_weights_that_the_dtype_does_not_hold(dtype: str, 
 
 
 def test_no_rounding_claim_where_something_may_overflow() -> None:
-    """1e60 is no float32, whatever the next layer makes of it; nor are squares of 1e20."""
-    small, large = np.full((1, 1), 1e-30, np.float32), np.full((1, 1), 1e30, np.float32)
-    nodes = [_linear(i, name) for i, name in enumerate(("large", "large", "small", "small"))]
+    """1e60 is no float32, whatever the next layers make of it; nor are squares of 1e20."""
+    small, large = np.full((1, 1), 2.0**-50, np.float32), np.full((1, 1), 2.0**50, np.float32)
+    nodes = [_linear(i, name) for i, name in enumerate(("large", "large", "large", "small", "small", "small"))]
     program = _chain(_input(1), *nodes)
     weights: Weights = {"large": large, "small": small}
     assert _bound(program, weights) == pytest.approx(1.0, rel=1e-6)
     assert _rounding(program, weights, "float32") == math.inf
     assert _rounding(program, weights, "float64") < 1e-12
+    assert math.isfinite(_rounding(_chain(_input(1), _linear(0, "large"), _linear(1, "small")), weights, "float32"))
     pooled = _chain(_input(1, 1), _linear(0, "w"), Node("l2_pool@1", (1,), {"eps": 1e-12}))
     assert _rounding(pooled, {"w": np.full((1, 1), 1e20, np.float32)}, "float32") == math.inf
     scaled = _chain(_input(1), Node("scale@1", (0,), scalars={"factor": ["div", ["exp", 200], ["exp", 200]]}))

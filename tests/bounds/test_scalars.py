@@ -93,6 +93,7 @@ _ARRAYS = {
     "subnormal": np.array([2.0**-1074, -(2.0**-1073)]),
     "huge": np.array([[1e308, -1e307], [3.0, 0.0]]),
     "mixed": np.array([1e-200, 1e200, 1.0]),
+    "lost in the sum": np.concatenate([np.ones(1), np.full(100_000, 0.9 * 2.0**-27)]),
     "many": np.linspace(-1.0, 1.0, 100_001),
     "float32": np.random.default_rng(0).standard_normal(1000).astype(np.float32),
     "float16 subnormal": np.array([6e-8, 0.0], dtype=np.float16),

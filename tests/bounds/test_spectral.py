@@ -170,6 +170,14 @@ def test_eigenvalues_that_lie_only_loosen(monkeypatch: pytest.MonkeyPatch) -> No
         _excess("gaussian", matrix, spectral_norm_upper(matrix).value)
 
 
+def test_eigenvalues_and_a_factorisation_that_lie_together_only_loosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = _matrix("gaussian", 0)
+    monkeypatch.setattr(np.linalg, "eigvalsh", lambda gram: np.full(len(gram), 1e-3))
+    for garbage in (0.0, 1e-3, 1.0):
+        monkeypatch.setattr(np.linalg, "cholesky", lambda shifted, value=garbage: np.full_like(shifted, value))
+        _excess("gaussian", matrix, spectral_norm_upper(matrix).value)
+
+
 def test_an_estimate_would_be_caught() -> None:
     """The oracle finds the errors that this bound exists to avoid: NumPy's own norm is below the truth now and then."""
     below = 0
