@@ -54,7 +54,7 @@ def _queries_and_keys() -> tuple[Example, Array]:
 
 
 def _one_key_moves() -> tuple[Example, Array]:
-    """One key of 64, with half of each query's weight, moves along all queries: sqrt(N) tau r / 2, near tau r sqrt(c)."""
+    """One key of 64, with half of each query's weight, moves along all: sqrt(N) tau r / 2, near tau r sqrt(c)."""
     tokens, radius = 64, 100.0
     x = np.tile([1.0, -1.0, -radius], (tokens, 1))
     x[0] = [1.0, 1.0, radius]
