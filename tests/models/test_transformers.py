@@ -227,11 +227,13 @@ def test_loss_is_the_scaled_cross_entropy(images: torch.Tensor) -> None:
 
 def test_autocast_in_bfloat16(model: Model, images: torch.Tensor) -> None:
     """The body may run in bfloat16; pooling and logits stay in float32 and near the float32 ones."""
+    pooled: list[torch.dtype] = []
     with torch.no_grad():
         exact = model(images).logits
+        model.lip_vit.pooling.register_forward_pre_hook(lambda module, args: pooled.append(args[0].dtype))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(images).logits
-    assert logits.dtype == torch.float32
+    assert logits.dtype == torch.float32 and pooled == [torch.float32]
     assert 0.0 < (logits - exact).abs().max() < 0.1 * exact.abs().max()
 
 

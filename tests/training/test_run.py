@@ -129,6 +129,20 @@ def test_other_recipes(tmp_path: Path, overrides: dict[str, str]) -> None:
     assert all(value.dtype == torch.float32 for value in done.model.parameters())
 
 
+def test_the_loss_hears_of_the_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that its radius grows: from a tenth of epsilon to three times epsilon, with the default loss."""
+    loss: Callable[..., torch.Tensor] = CertifiedLoss.__call__
+    radii: list[float] = []
+
+    def heard(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        radii.append(self.epsilon * 255)
+        return loss(self, *args, **kwargs)
+
+    monkeypatch.setattr(CertifiedLoss, "__call__", heard)
+    train(recipe(trainer__max_steps="4", trainer__save_steps="null"), tmp_path / "run", progress=False)
+    assert radii == pytest.approx([3.6, 3.6 + 0.5 * (108 - 3.6), 108, 108])
+
+
 # The output folder
 
 
