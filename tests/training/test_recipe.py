@@ -143,7 +143,7 @@ REFUSED: list[tuple[str, dict[str, str], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("text", "overrides", "said"), REFUSED)
+@pytest.mark.parametrize(("text", "overrides", "said"), REFUSED, ids=[row[2] for row in REFUSED])
 def test_mistakes_get_one_sentence(tmp_path: Path, text: str, overrides: dict[str, str], said: str) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(text)
