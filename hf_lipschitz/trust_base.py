@@ -22,7 +22,8 @@ def trust_base() -> dict[str, Any]:
     """Versions, the BLAS that NumPy was built with, processor, whether subnormals are flushed, the self-test."""
     config: Any = np.show_config(mode="dicts")
     blas = config.get("Build Dependencies", {}).get("blas", {})
-    loaded = {name: sys.modules[name].__version__ for name in ("torch", "transformers") if name in sys.modules}
+    modules = {name: sys.modules.get(name) for name in ("torch", "transformers")}
+    loaded = {name: str(getattr(module, "__version__", "unknown")) for name, module in modules.items() if module}
     return {
         "hf_lipschitz": __version__,
         **loaded,

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import re
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -216,3 +217,13 @@ def test_claims_are_compared_the_right_way_round(folder: Path, monkeypatch: pyte
     assert check.check_folder(folder, scaled(0.9)).claims["bound"] == "ok"
     assert check.check_folder(folder, scaled(1.001)).claims["bound"] == "failed"
     assert verification.AGREEMENT <= 1e-9
+
+
+def test_the_bound_is_verified_where_imports_are_blocked(folder: Path) -> None:
+    """A blocked import is a None in sys.modules, not an absent key; the trust base must not stumble over it."""
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('torch', 'transformers', 'safetensors', 'huggingface_hub')));"
+        f"from hf_lipschitz.verification import verify; verdict = verify({str(folder)!r}, require='bound');"
+        "assert verdict.ok and 'torch' not in verdict.trust_base, str(verdict)"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True)
