@@ -180,3 +180,13 @@ def test_with_the_package_imported_nothing_remote_is_run(published: Published, k
     """The folder's thin file would end the process."""
     found, remote = published.value("imported_first", kind, published.place("armed"), trust)
     assert (found, remote) == (FOUND[kind], [])
+
+
+@pytest.mark.parametrize("kind", [LipViTConfig, LipViTForImageClassification, LipViTImageProcessor])
+def test_asking_for_copies_of_the_source_gets_none(kind: Any, tmp_path: Path) -> None:
+    """transformers asks by itself when it loads through auto_map, and a user may."""
+    kind.register_for_auto_class()
+    sizes = {"image_size": 4, "num_channels": 1, "patch_size": 2, "stages": [{"depth": 0, "width": 8}]}
+    LipViTForImageClassification(LipViTConfig(**sizes)).save_pretrained(tmp_path)
+    LipViTImageProcessor().save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == FILES

@@ -18,7 +18,8 @@ from hf_lipschitz.training.metrics import CertifiedMetrics
 from tests.training.small import tiny_arguments, tiny_images, tiny_model, tiny_trainer
 
 RADII = (0.0, 1 / 255, 36 / 255, 0.3)
-KEYS = {"accuracy", "certified_accuracy_0", "certified_accuracy_1", "certified_accuracy_36", "certified_accuracy_0.3"}
+LABELS = ("0", "1", "36", "0.3")
+KEYS = {"accuracy", *(f"certified_accuracy_{label}" for label in LABELS)}
 DATA = tiny_images(40, seed=2)
 
 

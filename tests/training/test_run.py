@@ -99,11 +99,16 @@ def test_a_run_can_be_repeated_and_the_seed_matters(trained: TrainedModel, tmp_p
     assert not equal_weights(dict(other.model.state_dict()), dict(trained.model.state_dict()))
 
 
-def test_a_resumed_run_ends_with_the_same_bits(trained: TrainedModel, tmp_path: Path) -> None:
-    """Augmentation, the schedule and the growing radius of the loss go on where they were."""
+def test_a_resumed_run_ends_with_the_same_bits(
+    trained: TrainedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Augmentation, the schedule and the growing radius of the loss go on where they were, for the last ten steps."""
+    loss, steps = CertifiedLoss.__call__, []
+    monkeypatch.setattr(CertifiedLoss, "__call__", lambda self, *a, **k: steps.append(1) or loss(self, *a, **k))
     folder = tmp_path / "interrupted"
     shutil.copytree(trained.folder / "checkpoint-10", folder / "checkpoint-10")
     resumed = train(recipe(), folder, progress=False, resume=True)
+    assert len(steps) == 10
     assert equal_weights(dict(resumed.model.state_dict()), dict(trained.model.state_dict()))
     assert [line for line in resumed.history if "loss" in line] == [line for line in trained.history if "loss" in line]
     assert (folder / FILE_NAME).read_bytes() == (trained.folder / FILE_NAME).read_bytes()
@@ -162,6 +167,16 @@ def test_a_folder_that_is_not_empty_is_refused_and_left_alone(tmp_path: Path) ->
     with pytest.raises(UserError, match="file is a file: choose another output folder"):
         train(recipe(), tmp_path / "file", progress=False, overwrite=True)
     assert (folder / "config.json").read_text() == "{}" and (tmp_path / "file").read_text() == "mine"
+
+
+def test_other_processes_may_come_after_the_first_has_begun_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert run._earlier_run(filled(tmp_path / "run"), resume=False, overwrite=False) is None
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UserError, match="is not empty"):
+        run._earlier_run(tmp_path / "run", resume=False, overwrite=False)
 
 
 @pytest.mark.parametrize("through_link", [False, True])
