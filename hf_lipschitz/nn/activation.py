@@ -17,7 +17,7 @@ from hf_lipschitz.nn.module import ProgramBuilder
 class _SortPairs(torch.autograd.Function):
     """max and min of two halves with a backward of two selections.
 
-    The backward of torch.maximum and torch.minimum splits the gradient of ties and costs four times as much on a CPU.
+    The backward of torch.maximum and torch.minimum splits the gradient of ties, which costs several more passes.
     """
 
     generate_vmap_rule = True

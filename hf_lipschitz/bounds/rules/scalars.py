@@ -36,8 +36,7 @@ _UNARY: dict[str, Callable[[Enclosure], Enclosure]] = {
     "max": Enclosure.maximum,
 }
 # Units in the last place that a float library may be off by, for claim 3 only: arithmetic and sqrt are correctly
-# rounded, exp, softplus and sigmoid are composed of library calls, for which 8 is an assumption (measured below 3 for
-# torch).
+# rounded, exp, softplus and sigmoid are composed of library calls, for which 8 is an assumption.
 _FORWARD_ULPS = {"add": 1, "sub": 1, "mul": 1, "div": 1, "sqrt": 1, "exp": 8, "softplus": 8, "sigmoid": 8, "max": 0}
 MAX_ENTRIES = 65536
 
