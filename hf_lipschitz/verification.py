@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from hf_lipschitz.bounds import strict_json
-from hf_lipschitz.bounds.certificate import Certificate
+from hf_lipschitz.bounds.certificate import FILE_NAME, Certificate
 from hf_lipschitz.bounds.check import Report, check_folder
 from hf_lipschitz.bounds.engine import evaluate_program
 from hf_lipschitz.bounds.errors import KernelError
@@ -31,6 +31,13 @@ from hf_lipschitz.remote_code import REMOTE_FILE_NAME, check_remote_file
 from hf_lipschitz.trust_base import trust_base, trusted_rules
 from hf_lipschitz.verdict import CLAIMS, Verdict
 
+# A part of what the kernel says -> what its reader can do.
+_ADVICE = {
+    f"{FILE_NAME}: missing": "certify the folder with hf-lipschitz certify, or fetch all of it again",
+    "truncated": "fetch or save the file again",
+    "NaN or infinite": "the training has diverged, go back to an earlier checkpoint",
+    "its SHA-256 is not": "fetch the folder again, or certify it anew with hf-lipschitz certify",
+}
 MAX_ENTRIES = 2**22  # of the images that program and model are executed on
 AGREEMENT = 1e-9  # largest difference of executed program and model, relative to the largest feature or logit
 
@@ -85,7 +92,7 @@ def verify(
     state = _State()
     report = check_folder(folder, rules)
     state.claims.update(report.claims)
-    state.reasons.extend(report.reasons)
+    state.reasons.extend(_with_advice(reason) for reason in report.reasons)
     _check_listing(folder, report, state)
     if report.certificate is not None:
         _check_pins(folder, report.certificate, state, max_bound, norm, origin, sha256)
@@ -107,6 +114,11 @@ def verify(
         foreign,
         required,
     )
+
+
+def _with_advice(reason: str) -> str:
+    """A reason of the kernel, which says what is wrong and where, with what to do about it."""
+    return next((f"{reason}: {advice}" for found, advice in _ADVICE.items() if found in reason), reason)
 
 
 def _check_usage(require: str, max_bound: float | None, sha256: str | None) -> None:

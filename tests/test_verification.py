@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -227,3 +228,16 @@ def test_the_bound_is_verified_where_imports_are_blocked(folder: Path) -> None:
         "assert verdict.ok and 'torch' not in verdict.trust_base, str(verdict)"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "keep", "advice"),
+    [(FILE_NAME, 0, "hf-lipschitz certify"), ("model.safetensors", 300, "fetch or save the file again")],
+)
+def test_a_reason_says_what_to_do(folder: Path, tmp_path: Path, file: str, keep: int, advice: str) -> None:
+    spoilt = Path(shutil.copytree(folder, tmp_path / "spoilt"))
+    data = (folder / file).read_bytes()[:keep]
+    (spoilt / file).unlink()
+    if data:
+        (spoilt / file).write_bytes(data)
+    assert advice in verify(spoilt, require="bound").reasons[0]
