@@ -13,8 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Tensors = Mapping[str, Tensor]
-Operation = Callable[[Mapping[str, Any], Tensors, Tensors, list[Tensor]], Tensor]
+from tests.bounds import (
+    operations_activation,
+    operations_attention,
+    operations_convolution,
+    operations_normalization,
+    operations_pooling,
+    operations_shape,
+)
+from tests.bounds.meaning import Operation, Tensors
 
 
 def value_of(expression: Any, tensors: Tensors, dtype: torch.dtype) -> Tensor:
@@ -150,4 +157,10 @@ OPERATIONS: dict[str, Operation] = {
     "l2_pool@1": _l2_pool,
     "sum_pool@1": _sum_pool,
     "softmax_attention@1": _attention,
+    **operations_shape.OPERATIONS,
+    **operations_activation.OPERATIONS,
+    **operations_normalization.OPERATIONS,
+    **operations_convolution.OPERATIONS,
+    **operations_pooling.OPERATIONS,
+    **operations_attention.OPERATIONS,
 }

@@ -15,8 +15,8 @@ from hf_lipschitz.bounds import engine
 from hf_lipschitz.bounds.rounding import Array
 from hf_lipschitz.bounds.rule import Call, Geometry, NormTable, Rule
 from hf_lipschitz.bounds.rules.table import BUILT_IN
-from tests.bounds.cases import Example
 from tests.bounds.operations import OPERATIONS, value_of
+from tests.bounds.row import Example
 
 _NOISE = 1e-12  # relative, of a Jacobian and its norm in float64
 

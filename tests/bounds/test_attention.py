@@ -16,7 +16,7 @@ from hf_lipschitz.bounds.program import Node
 from hf_lipschitz.bounds.rounding import Array
 from hf_lipschitz.bounds.rule import Call, Geometry, Rule
 from hf_lipschitz.bounds.rules.attention import SoftmaxAttention
-from tests.bounds.cases import Example
+from tests.bounds.row import Example
 from tests.bounds.search import claimed_constant, execute, stretch
 
 

@@ -9,8 +9,9 @@ import torch
 from hf_lipschitz.bounds.rounding import UNIT_ROUNDOFF, Array
 from hf_lipschitz.bounds.rule import GEOMETRIES, Geometry, Size
 from hf_lipschitz.bounds.rules.table import BUILT_IN
-from tests.bounds.cases import ROWS, Example, Row
+from tests.bounds.cases import ROWS
 from tests.bounds.operations import OPERATIONS
+from tests.bounds.row import Example, Row
 from tests.bounds.search import ask, claimed_constant, execute, lowered, reached_constant, token_norms
 
 _BY_NAME = {row.name: row for row in ROWS}

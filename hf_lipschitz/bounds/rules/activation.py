@@ -77,3 +77,6 @@ class Abs(_NormPreserving):
     def apply(self, call: Call, *values: Array) -> Array:
         x, channels = values[0], call.attrs["channels"]
         return np.concatenate([np.abs(x[..., :channels]), x[..., channels:]], axis=-1)
+
+
+RULES: tuple[Rule, ...] = (MaxMin(), GroupSort(), Abs())

@@ -131,3 +131,6 @@ class NormalizedLinear(Rule):
         scaled = np.ldexp(weight, -exponent)
         norm = np.sqrt(np.sum(scaled * scaled, axis=1, keepdims=True))
         return scaled / np.maximum(norm, np.ldexp(call.attrs["eps"], -exponent))
+
+
+RULES: tuple[Rule, ...] = (Normalize(), Linear(), NormalizedLinear())

@@ -151,3 +151,6 @@ def _heads(x: Array, heads: int) -> Array:
 def _ball(x: Array, radius: Array | float) -> Array:
     norm = np.sqrt(np.sum(x * x, axis=-1, keepdims=True))
     return x * np.minimum(1.0, radius / np.maximum(norm, 1e-300))
+
+
+RULES: tuple[Rule, ...] = (SoftmaxAttention(),)

@@ -57,3 +57,6 @@ class SumPool(_Pool):
     def rounding(self, call: Call, roundoff: float, incoming: tuple[Size, ...]) -> float:
         # N - 1 additions, sqrt(N) rounded, a division: gamma_{N+2} sum_n |x_nc| / sqrt(N) <= gamma_{N+2} |x_c|
         return mul_up(gamma(tokens_of(call.shapes[0]) + 2, roundoff), incoming[0].total)
+
+
+RULES: tuple[Rule, ...] = (L2Pool(), SumPool())

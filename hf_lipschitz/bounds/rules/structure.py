@@ -246,3 +246,6 @@ class Residual(Rule):
         keep, take = (add_up(gain, deviation) for gain in self.gains(call, "l2"))
         local = mul_up(gamma(3, roundoff), add_up(mul_up(keep, incoming[0].total), mul_up(take, incoming[1].total)))
         return add_up(local, mul_up(deviation, add_up(incoming[0].total, incoming[1].total)))
+
+
+RULES: tuple[Rule, ...] = (Input(), Patchify(), PatchMerge(), Shift(), TokenMixing(), Offset(), Scale(), Residual())

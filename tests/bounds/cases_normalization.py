@@ -1,0 +1,7 @@
+"""Rows for normalisation layers."""
+
+from __future__ import annotations
+
+from tests.bounds.row import Row
+
+ROWS: tuple[Row, ...] = ()
