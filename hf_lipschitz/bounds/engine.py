@@ -16,12 +16,15 @@ import numpy as np
 
 from .errors import KernelError
 from .program import Node, Program
-from .rounding import UNIT_ROUNDOFF, Array, add_up, array_norm_up, largest, mul_up, sqrt_up
+from .rounding import ARITHMETIC, UNIT_ROUNDOFF, Arithmetic, Array, add_up, array_norm_up, largest, mul_up, sqrt_up
 from .rule import GEOMETRIES, Call, Geometry, NodeBound, NormTable, Rule, Shape, Size, tightened
 from .rules.scalars import enclose
 
 # The one kind of stored tensor that an evaluation forward never reads: counters of normalisation layers.
 UNREAD_SUFFIXES = ("num_batches_tracked",)
+# What a hostile program may cost: the size of one value, and multiplications in norms (in all, and times those that
+# bounding every stored tensor once would take).
+MAX_ENTRIES, MAX_WORK, WORK_RATIO = 2**27, 2.0**36, 64.0
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ def bound_program(
     *,
     geometry: Geometry = "l2",
     witnesses: Mapping[str, float] | None = None,
+    unit: float = 1.0,
 ) -> ProgramBound:
     """Bound the Lipschitz constant from the program's input to every node.
 
@@ -64,6 +68,8 @@ def bound_program(
         rules: the rule table that the caller trusts.
         geometry: ``l2`` or ``token_max``.
         witnesses: mu by matrix label, from a certificate (they save time and cannot weaken the result).
+        unit: the Lipschitz bound of the input itself, to which all others are proportional: with a small one, bounds
+            that float64 does not hold can be read in units of it.
 
     Raises:
         KernelError: unknown operation or attribute, tensor missing or not covered, wrong shape, not finite.
@@ -74,15 +80,17 @@ def bound_program(
         raise KernelError(f"unknown geometry {geometry!r}; known: {', '.join(GEOMETRIES)}")
     check_coverage(program, weights)
     check_origin(program, rules)
-    norms = NormTable(witnesses)
+    norms = NormTable(
+        witnesses, MAX_WORK + WORK_RATIO * sum(float(w.size) * min(w.shape or (1,)) for w in weights.values())
+    )
     bounds: list[NodeBound] = []
     shapes: list[Shape] = []
     for index, node in enumerate(program.nodes):
         with _place(index, node):
             rule, call = _prepare(index, node, weights, rules, shapes, norms)
             incoming = [bounds[i] for i in node.inputs]
-            shape = rule.shape(call)
-            factor = 1.0 if rule.arity == 0 else rule.lipschitz(call, geometry, tuple(b.lipschitz for b in incoming))
+            shape = _limited(rule.shape(call))
+            factor = unit if rule.arity == 0 else rule.lipschitz(call, geometry, tuple(b.lipschitz for b in incoming))
             size = tightened(rule.size(call, tuple(b.size for b in incoming)), shape)
             if not factor >= 0.0 or not size.token >= 0.0 or not size.total >= 0.0:
                 raise KernelError("the bound is not a number")
@@ -96,56 +104,84 @@ def evaluate_program(
     program: Program, weights: Mapping[str, Array], rules: Mapping[str, Rule], inputs: Array
 ) -> dict[str, Array]:
     """Execute the program in float64 on a batch of inputs; returns ``{"features": ..., "logits": ...}``."""
+    values = node_values(program, weights, rules, inputs)
+    return {name: values[index] for name, index in program.outputs.items()}
+
+
+def node_values(
+    program: Program, weights: Mapping[str, Array], rules: Mapping[str, Rule], inputs: Array
+) -> list[Array]:
+    """The value of every node for a batch of inputs, in float64; each has a leading batch axis."""
     check_coverage(program, weights)
     check_origin(program, rules)
     norms, values, shapes = NormTable(), list[Array](), list[Shape]()
     for index, node in enumerate(program.nodes):
         with _place(index, node):
             rule, call = _prepare(index, node, weights, rules, shapes, norms)
-            shape = rule.shape(call)
+            shape = _limited(rule.shape(call))
             arguments = (np.asarray(inputs, dtype=np.float64),) if rule.arity == 0 else [values[i] for i in node.inputs]
             value = rule.apply(call, *arguments)
             if value.shape[1:] != shape:
                 raise KernelError(f"the value has sample shape {value.shape[1:]}, expected {shape}")
             values.append(value)
             shapes.append(shape)
-    return {name: values[index] for name, index in program.outputs.items()}
+    return values
 
 
 def rounding_error(
     program: Program, weights: Mapping[str, Array], rules: Mapping[str, Rule], dtype: str, bound: ProgramBound
 ) -> RoundingBound:
-    """Bound the distance between the exact outputs and those of a forward pass in ``dtype``, over the whole domain.
+    """Bound the distance between the exact outputs and those of a forward pass in ``dtype``, over the whole domain."""
+    sizes = [[node.size] for node in bound.nodes]
+    errors = [each for (each,) in node_errors(program, weights, rules, dtype, bound, sizes)]
+    features, logits = program.outputs["features"], program.outputs["logits"]
+    return RoundingBound(errors[features], add_up(bound.nodes[features].size.total, errors[features]), errors[logits])
+
+
+def node_errors(
+    program: Program,
+    weights: Mapping[str, Array],
+    rules: Mapping[str, Rule],
+    dtype: str,
+    bound: ProgramBound,
+    sizes: Sequence[Sequence[Size]],
+    arithmetic: Arithmetic | None = None,
+) -> list[list[float]]:
+    """For every node and every case, bound the l2 error of the node's value in a forward pass in ``dtype``.
 
     Each node turns the errors of its inputs into at most ``lipschitz(errors)`` and adds its own local error, taken at
     the *computed* inputs, whose size is at most the exact size plus the error so far. The bound is infinite where
     something may overflow in ``dtype``, and everywhere if a weight is not exact in it; products in TF32, Winograd or
     FFT convolutions and reduced-precision sums are not covered.
 
+    Args:
+        sizes: for every node, how large its exact value is in each case (a case is the whole domain, or one input).
+        arithmetic: how sums are accumulated, if not as ARITHMETIC says for the dtype.
+
     Source: ``||x^_L - f(x)|| <= sum_l Lip(f_L o ... o f_{l+1}) ||delta_l(x^_{l-1})||`` (telescoping sum).
     """
-    roundoff = UNIT_ROUNDOFF[dtype]
+    arithmetic = arithmetic or ARITHMETIC[dtype]
+    roundoff = arithmetic.roundoff
     tiny = 2.0**-900 if dtype == "float64" else 2.0**-100  # covers underflow of every operation of one output entry
-    sound = all(_fits(array, dtype) for array in weights.values())
-    errors: list[float] = []
+    exact = all(_fits(array, dtype) for array in weights.values())
+    sound = [exact] * len(sizes[0])
+    errors: list[list[float]] = []
     for index, node in enumerate(program.nodes):
         with _place(index, node):
-            rule, call = _prepare(index, node, weights, rules, bound.shapes, bound.norms, roundoff)
-            if rule.arity == 0:
-                errors.append(0.0)
-                continue
-            computed = tuple(
-                Size(add_up(bound.nodes[i].size.token, errors[i]), add_up(bound.nodes[i].size.total, errors[i]))
-                for i in node.inputs
-            )
-            sound = sound and all(map(math.isfinite, call.deviations.values()))
-            local = rule.rounding(call, roundoff, computed) if sound else math.inf
-            carried = rule.lipschitz(call, "l2", tuple(errors[i] for i in node.inputs))
-            error = add_up(carried, local, mul_up(tiny, sqrt_up(float(np.prod(bound.shapes[index])))))
-            sound = max(bound.nodes[index].size.total, error, *(s.total for s in computed)) <= largest(roundoff)
-            errors.append(error if sound else math.inf)
-    features, logits = program.outputs["features"], program.outputs["logits"]
-    return RoundingBound(errors[features], add_up(bound.nodes[features].size.total, errors[features]), errors[logits])
+            rule, call = _prepare(index, node, weights, rules, bound.shapes, bound.norms, arithmetic)
+            strays = all(map(math.isfinite, call.deviations.values()))
+            lost = mul_up(tiny, sqrt_up(float(np.prod(bound.shapes[index]))))
+            errors.append([0.0] * len(sound))
+            for case in range(len(sound) if rule.arity else 0):
+                before = [errors[i][case] for i in node.inputs]
+                given = [sizes[i][case] for i in node.inputs]
+                computed = [Size(add_up(s.token, e), add_up(s.total, e)) for s, e in zip(given, before, strict=True)]
+                local = rule.rounding(call, roundoff, tuple(computed)) if sound[case] and strays else math.inf
+                error = add_up(rule.lipschitz(call, "l2", tuple(before)), local, lost)
+                reach = max(sizes[index][case].total, error, *(s.total for s in computed))
+                sound[case] = sound[case] and strays and reach <= largest(roundoff)
+                errors[index][case] = error if sound[case] else math.inf
+    return errors
 
 
 def check_origin(program: Program, rules: Mapping[str, Rule]) -> None:
@@ -185,7 +221,7 @@ def _prepare(
     rules: Mapping[str, Rule],
     shapes: Sequence[Shape],
     norms: NormTable,
-    roundoff: float = 0.0,
+    arithmetic: Arithmetic | None = None,
 ) -> tuple[Rule, Call]:
     """Find the rule by exact name and check the node against its declaration."""
     rule = rules.get(node.op)
@@ -203,18 +239,25 @@ def _prepare(
     scalars = {slot: enclose(expression, weights) for slot, expression in node.scalars.items()}
     deviations: dict[str, float] = {}
     for slot, exact in scalars.items():
-        forward = enclose(node.scalars[slot], weights, roundoff) if roundoff else exact
+        forward = enclose(node.scalars[slot], weights, arithmetic.roundoff) if arithmetic else exact
         farthest = np.maximum(forward.high - exact.low, exact.high - forward.low)
         deviations[slot] = float(np.max(farthest)) * (1.0 + 2.0**-50)
     inputs = tuple(shapes[i] for i in node.inputs)
-    return rule, Call(index, node.attrs, inputs, tensors, node.tensors, scalars, norms, deviations)
+    arithmetic = arithmetic or ARITHMETIC["float64"]
+    return rule, Call(index, node.attrs, inputs, tensors, node.tensors, scalars, norms, deviations, arithmetic)
+
+
+def _limited(shape: Shape) -> Shape:
+    if math.prod(shape) > MAX_ENTRIES:
+        raise KernelError(f"a value of sample shape {shape} has more than {MAX_ENTRIES} entries")
+    return shape
 
 
 def _tensor(weights: Mapping[str, Array], name: str, dimensions: int) -> Array:
     array = weights[name]
-    if array.ndim != dimensions or array.dtype.kind != "f" or array.size == 0:
+    if (dimensions and array.ndim != dimensions) or array.dtype.kind != "f" or array.size == 0:
         raise KernelError(
-            f"tensor {name!r} is {array.dtype} of shape {array.shape}; expected {dimensions} float dimensions"
+            f"tensor {name!r} is {array.dtype} of shape {array.shape}; expected {dimensions or 'any'} float dimensions"
         )
     if not np.all(np.isfinite(array)):
         raise KernelError(f"tensor {name!r} contains NaN or infinite entries")

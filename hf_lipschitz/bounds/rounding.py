@@ -80,6 +80,40 @@ def gamma(count: int, roundoff: float = U) -> float:
     return math.inf if product >= 1.0 else div_up(product, down(1.0 - product))
 
 
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a forward pass computes.
+
+    Attributes:
+        roundoff: unit roundoff of its dtype, at which every stored result is rounded.
+        products: unit roundoff at which sums (of products, and plain ones) are accumulated, in any order.
+        chunk: 0, or the longest sum of products that is left to a library; the sums of such chunks are then added in
+            float64 and rounded once.
+    """
+
+    roundoff: float
+    products: float
+    chunk: int = 0
+
+    def total(self, count: int) -> float:
+        """Relative to the sum of absolute values: the error of a sum of ``count`` terms, stored in the dtype."""
+        return self._stored(gamma(count, self.products), self.products)
+
+    def dot(self, count: int) -> float:
+        """The same for a sum of ``count`` products in a matrix product."""
+        if not 0 < self.chunk < count:
+            return self.total(count)
+        inner, outer = gamma(self.chunk, self.products), gamma(-(-count // self.chunk) + 1)
+        return self._stored(add_up(inner, outer, mul_up(inner, outer)), U)
+
+    def _stored(self, error: float, accumulated: float) -> float:
+        return error if accumulated == self.roundoff else add_up(error, mul_up(self.roundoff, up(1.0 + error)))
+
+
+# bfloat16 products are accumulated in float32, by every library that the claim for bfloat16 is made for
+ARITHMETIC = {name: Arithmetic(u, min(u, 2.0**-24)) for name, u in UNIT_ROUNDOFF.items()}
+
+
 def largest(roundoff: float) -> float:
     """What values of a forward pass in the dtype of this unit roundoff may reach: sums of their squares stay finite."""
     return 2.0**500 if roundoff == U else 2.0**60

@@ -7,12 +7,13 @@ norm of all entries together, ``token_max`` the largest Euclidean norm of one to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from .errors import KernelError
-from .rounding import Array, Enclosure, add_up, mul_up, sqrt_up
+from .rounding import ARITHMETIC, Arithmetic, Array, Enclosure, add_up, mul_up, sqrt_up
 from .spectral import NormBound, spectral_norm_upper
 
 Shape = tuple[int, ...]
@@ -48,17 +49,26 @@ def width_of(shape: Shape) -> int:
 
 
 class NormTable:
-    """Bounds of matrices by label, each computed once; witnesses from a certificate speed them up."""
+    """Bounds of matrices by label, each computed once; witnesses from a certificate speed them up.
 
-    def __init__(self, witnesses: Mapping[str, float] | None = None) -> None:
+    ``work`` limits the multiplications that norms may cost together: a hostile program could ask for one norm often.
+    """
+
+    def __init__(self, witnesses: Mapping[str, float] | None = None, work: float = math.inf) -> None:
         self._witnesses = dict(witnesses or {})
+        self._work = work
         self.bounds: dict[str, NormBound] = {}
 
-    def bound(self, label: str, matrix: Callable[[], Array]) -> float:
-        """The bound stored under ``label``, or that of ``matrix()``."""
+    def bound(self, label: str, compute: Callable[[float | None], NormBound], work: float) -> float:
+        """The bound stored under ``label``, or ``compute(witness)``, which costs about ``work`` multiplications."""
         if label not in self.bounds:
+            self._work -= work
+            if self._work < 0.0:
+                raise KernelError(
+                    f"tensor {label!r}: the program asks for norms that cost more than its tensors justify"
+                )
             try:
-                self.bounds[label] = spectral_norm_upper(matrix(), witness=self._witnesses.get(label))
+                self.bounds[label] = compute(self._witnesses.get(label))
             except KernelError as error:
                 raise KernelError(f"tensor {label!r}: {error}") from None
         return self.bounds[label].value
@@ -70,7 +80,7 @@ class Call:
 
     ``tensors`` holds stored arrays by slot (upcast to float64), ``names`` their names, ``scalars`` enclosures of real
     values, ``deviations`` how far a float forward's scalars may stray from them, ``shapes`` the sample shapes of the
-    inputs, ``index`` the node's place in the program.
+    inputs, ``index`` the node's place in the program, ``arithmetic`` how the forward pass in question computes.
     """
 
     index: int
@@ -81,6 +91,7 @@ class Call:
     scalars: Mapping[str, Enclosure]
     norms: NormTable
     deviations: Mapping[str, float]
+    arithmetic: Arithmetic = ARITHMETIC["float64"]
 
     def norm(self, slot: str, form: str = "", matrix: Callable[[], Array] | None = None) -> float:
         """Bound the spectral norm of the tensor in ``slot``, or of ``matrix()`` derived from it (named by ``form``).
@@ -88,8 +99,19 @@ class Call:
         The tensor and its absolute values (form ``abs``) are the same for every node; another form may depend on the
         node's attributes, scalars and shapes, so that its label names the node.
         """
+        return self.norm_of(
+            slot, form, lambda w: spectral_norm_upper(matrix() if matrix else self.tensors[slot], witness=w)
+        )
+
+    def norm_of(self, slot: str, form: str, compute: Callable[[float | None], NormBound]) -> float:
+        """The same for a norm that ``compute(witness)`` bounds in its own way (that of a convolution)."""
         label = self.names[slot] + (f"|{form}" if form else "") + (f"@{self.index}" if form not in ("", "abs") else "")
-        return self.norms.bound(label, matrix or (lambda: self.tensors[slot]))
+        tensor = self.tensors[slot]
+        return self.norms.bound(label, compute, float(tensor.size) * min(len(tensor), tensor.size // len(tensor)))
+
+    def dot(self, count: int) -> float:
+        """Relative error of a sum of ``count`` products of the forward pass in question (see Arithmetic)."""
+        return self.arithmetic.dot(count)
 
     def scalar(self, slot: str) -> Array:
         """A float64 value of a scalar, for execution."""
@@ -107,11 +129,13 @@ class Rule:
     """One operation. Subclasses state meaning (``shape``, ``apply``), bound (``gains``, ``size``) and ``rounding``.
 
     Class attributes: ``op`` the versioned name, ``source`` the theorem or proof, ``arity``, ``attrs`` name -> check of
-    the JSON value, ``tensors`` slot -> number of dimensions (``optional`` slots may be absent), ``scalars`` slots.
+    the JSON value, ``tensors`` slot -> number of dimensions (0: any; those in ``optional`` may be absent), ``scalars``
+    slots, ``warning`` a sentence to show beside every bound that rests on this rule.
     """
 
     op: ClassVar[str] = ""
     source: ClassVar[str] = ""
+    warning: ClassVar[str] = ""
     arity: ClassVar[int] = 1
     attrs: ClassVar[Mapping[str, Check]] = {}
     tensors: ClassVar[Mapping[str, int]] = {}

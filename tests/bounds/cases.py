@@ -55,6 +55,15 @@ _FIRST = (
         vectors={"offset": (4,)},
     ),
     Row("token offset", "offset@1", ((3, 4),), {"axis": "token", "negative": True}, vectors={"offset": (3,)}),
+    Row("image offset", "offset@1", ((3, 2, 2),), {"axis": "channel", "negative": False}, vectors={"offset": (3,)}),
+    Row("offset of entries", "offset@1", ((3, 4),), {"axis": "entry", "negative": False}, vectors={"offset": (3, 4)}),
+    Row(
+        "offset of an image",
+        "offset@1",
+        ((2, 3, 2),),
+        {"axis": "entry", "negative": True},
+        vectors={"offset": (2, 3, 2)},
+    ),
     Row("scale", "scale@1", ((2, 3),), scalars={"factor": ["div", 3, ["exp", ["tensor", "raw"]]]}, vectors={"raw": ()}),
     Row(
         "negative scale",

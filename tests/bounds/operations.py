@@ -80,7 +80,11 @@ def _shift(attrs: Mapping[str, Any], tensors: Tensors, scalars: Tensors, xs: lis
 
 
 def _offset(attrs: Mapping[str, Any], tensors: Tensors, scalars: Tensors, xs: list[Tensor]) -> Tensor:
-    offset = tensors["offset"] if attrs["axis"] == "channel" else tensors["offset"][:, None]
+    offset = tensors["offset"]
+    if attrs["axis"] == "token":
+        offset = offset[:, None]
+    elif attrs["axis"] == "channel" and xs[0].ndim == 4:
+        offset = offset[:, None, None]
     return xs[0] - offset if attrs["negative"] else xs[0] + offset
 
 

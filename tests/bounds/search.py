@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_lipschitz.bounds import engine
-from hf_lipschitz.bounds.rounding import Array
+from hf_lipschitz.bounds.rounding import ARITHMETIC, Array
 from hf_lipschitz.bounds.rule import Call, Geometry, NormTable, Rule
 from hf_lipschitz.bounds.rules.table import BUILT_IN
 from tests.bounds.operations import OPERATIONS, value_of
@@ -24,7 +24,8 @@ _NOISE = 1e-12  # relative, of a Jacobian and its norm in float64
 def ask(example: Example, rule: Rule | None = None, roundoff: float = 0.0) -> tuple[Rule, Call]:
     """The rule and the call that the engine would make for the node of an example."""
     rules = BUILT_IN if rule is None else {**BUILT_IN, rule.op: rule}
-    return engine._prepare(7, example.node, example.weights, rules, example.shapes, NormTable(), roundoff)
+    arithmetic = next((each for each in ARITHMETIC.values() if each.roundoff == roundoff), None)
+    return engine._prepare(7, example.node, example.weights, rules, example.shapes, NormTable(), arithmetic)
 
 
 def execute(example: Example, values: list[Tensor]) -> Tensor:

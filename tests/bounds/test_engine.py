@@ -193,10 +193,11 @@ def test_attributes_and_shapes_that_are_refused(node: Node, shape: tuple[int, ..
         assert bound == math.inf
 
 
-@pytest.mark.parametrize("axis", ["channel", "token"])
+@pytest.mark.parametrize("axis", ["channel", "token", "entry"])
 @pytest.mark.parametrize(("shape", "entries"), [((4,), 4), ((4,), 1), ((2, 4), 3), ((2, 4, 4), 4), ((2, 4, 4), 2)])
 def test_offsets_that_do_not_fit_are_refused(axis: str, shape: tuple[int, ...], entries: int) -> None:
-    if axis == "channel" and shape == (4,) and entries == 4:
+    fits = {"channel": shape[0] if len(shape) == 3 else shape[-1], "token": -1, "entry": 4 if shape == (4,) else -1}
+    if fits[axis] == entries:
         return
     node = Node("offset@1", (0,), {"axis": axis, "negative": False}, {"offset": "o"})
     with pytest.raises(KernelError, match=r"node 1 \(offset@1\)"):

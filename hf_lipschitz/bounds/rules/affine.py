@@ -78,7 +78,7 @@ class Linear(Rule):
     def rounding(self, call: Call, roundoff: float, incoming: tuple[Size, ...]) -> float:
         absolute = call.norm("weight", "abs", lambda: np.abs(call.tensors["weight"]))
         size = add_up(mul_up(absolute, incoming[0].total), self.offset(call).total)
-        return mul_up(gamma(call.shapes[0][-1] + 1, roundoff), size)
+        return mul_up(call.dot(call.shapes[0][-1] + 1), size)
 
 
 class NormalizedLinear(Rule):
@@ -117,12 +117,12 @@ class NormalizedLinear(Rule):
         return Size(size, size)
 
     def rounding(self, call: Call, roundoff: float, incoming: tuple[Size, ...]) -> float:
-        # rows stray by gamma_{d+12} in the dtype (in Frobenius norm, twice the needed count), the product by
-        # gamma_{d+1}
+        # every entry of a row strays by less than half the error of its sum of squares and gamma_8 of the scalar steps
         d = call.shapes[0][0]
+        row, dot = add_up(call.arithmetic.total(d), gamma(8, roundoff)), call.dot(d + 1)
         rows = mul_up(array_norm_up(self._rows(call)), 1.0 + 2.0 * gamma(d + 12))
         size = add_up(mul_up(rows, incoming[0].total), self.offset(call).total)
-        return mul_up(gamma(2 * d + 16, roundoff), size)
+        return mul_up(add_up(row, dot, mul_up(row, dot)), size)
 
     def _rows(self, call: Call) -> Array:
         """Rows of unit norm; each scaled by a power of two first, since the square of a long row would overflow."""

@@ -14,13 +14,13 @@ from .attributes import integer, list_of, need, one_of
 class Input(Rule):
     """Where perturbations enter: one array of the given sample shape.
 
-    In ``pixels[0,1]`` every entry lies in [0, 1], which bounds the size of the input; ``model_input`` promises nothing.
+    In ``pixels[0,1]`` every entry lies in [0, 1], which bounds the size of the input; the other spaces promise nothing.
     """
 
     op = "input@1"
     source = "definition; a vector of n entries in [0, 1] has norm at most sqrt(n)"
     arity = 0
-    attrs = {"shape": list_of(integer(1, 65536)), "space": one_of("pixels[0,1]", "model_input")}
+    attrs = {"shape": list_of(integer(1, 65536)), "space": one_of("pixels[0,1]", "model_input", "embeddings")}
 
     def shape(self, call: Call) -> Shape:
         shape = tuple(call.attrs["shape"])
@@ -157,39 +157,46 @@ class TokenMixing(Rule):
 
     def rounding(self, call: Call, roundoff: float, incoming: tuple[Size, ...]) -> float:
         absolute = call.norm("weight", "abs", lambda: np.abs(call.tensors["weight"]))
-        return mul_up(gamma(call.shapes[0][0], roundoff), absolute, incoming[0].total)
+        return mul_up(call.dot(call.shapes[0][0]), absolute, incoming[0].total)
 
 
 class Offset(Rule):
-    """x + t, or x - t if ``negative``: a stored vector with one entry a channel (bias, running mean) or a token
-    (position).
+    """x + t, or x - t if ``negative``: a stored tensor with one number a channel (bias, running mean), a token
+    (position), or an entry of the sample.
     """
 
     op = "offset@1"
     source = "a translation; one rounded addition an entry"
-    attrs = {"axis": one_of("channel", "token"), "negative": one_of(True, False)}
-    tensors = {"offset": 1}
+    attrs = {"axis": one_of("channel", "token", "entry"), "negative": one_of(True, False)}
+    tensors = {"offset": 0}
 
     def shape(self, call: Call) -> Shape:
-        shape, given = call.shapes[0], call.tensors["offset"].shape
-        expected = (shape[-1] if call.attrs["axis"] == "channel" else shape[0],)
-        fits = len(shape) == 2 or (len(shape) == 1 and call.attrs["axis"] == "channel")
-        need(fits, f"an offset along the {call.attrs['axis']} axis does not fit sample shape {shape}")
+        shape, given, axis = call.shapes[0], call.tensors["offset"].shape, call.attrs["axis"]
+        need(axis != "token" or len(shape) == 2, f"an offset along the token axis does not fit sample shape {shape}")
+        expected = {"channel": (width_of(shape),), "token": (shape[0],), "entry": shape}[axis]
         need(given == expected, f"tensor {call.names['offset']!r} has shape {given}, expected {expected}")
         return shape
 
     def apply(self, call: Call, *values: Array) -> Array:
-        offset = call.tensors["offset"] if call.attrs["axis"] == "channel" else call.tensors["offset"][:, None]
+        offset = self._spread(call)
         return values[0] - offset if call.attrs["negative"] else values[0] + offset
+
+    def _spread(self, call: Call) -> Array:
+        """The offset, ready to broadcast over the sample."""
+        columns = call.attrs["axis"] == "token" or (call.attrs["axis"] == "channel" and len(call.shapes[0]) == 3)
+        offset = call.tensors["offset"]
+        return offset.reshape(-1, *[1] * (len(call.shapes[0]) - 1)) if columns else offset
 
     def gains(self, call: Call, geometry: Geometry) -> tuple[float, ...]:
         return (1.0,)
 
     def offset(self, call: Call) -> Size:
-        offset, shape = call.tensors["offset"], call.shapes[0]
+        offset, shape, axis = call.tensors["offset"], call.shapes[0], call.attrs["axis"]
         norm = array_norm_up(offset)
-        if call.attrs["axis"] == "channel":
+        if axis == "channel":
             return Size(norm, mul_up(sqrt_up(float(tokens_of(shape))), norm))
+        if axis == "entry":
+            return Size(max(map(array_norm_up, offset)) if len(shape) == 2 else norm, norm)
         width = sqrt_up(float(width_of(shape)))
         return Size(mul_up(width, float(np.max(np.abs(offset)))), mul_up(width, norm))
 
