@@ -25,7 +25,7 @@ CONFIG = "config.json"
 # Claims are written this much above what was computed, so that another BLAS, which rounds differently, can confirm
 # them.
 SLACK = 1.0 + 1e-9
-CLAIMED_DTYPES = ("float64", "float32")
+CLAIMED_DTYPES = tuple(UNIT_ROUNDOFF)  # as far as a finite allowance exists: bfloat16 where the weights are exact in it
 
 
 @dataclass(frozen=True)

@@ -184,6 +184,14 @@ def node_errors(
     return errors
 
 
+def node_calls(
+    program: Program, weights: Mapping[str, Array], rules: Mapping[str, Rule], bound: ProgramBound
+) -> Generator[tuple[Rule, Call]]:
+    """Each node's rule and the call it is asked about, with the shapes and norms of a bound of the same weights."""
+    for index, node in enumerate(program.nodes):
+        yield _prepare(index, node, weights, rules, bound.shapes, bound.norms)
+
+
 def check_origin(program: Program, rules: Mapping[str, Rule]) -> None:
     """A program has exactly one node without inputs: where perturbations enter. Others would hide a second input."""
     origins = [n for n in program.nodes if n.op in rules and rules[n.op].arity == 0]

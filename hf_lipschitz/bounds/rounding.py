@@ -86,23 +86,25 @@ class Arithmetic:
 
     Attributes:
         roundoff: unit roundoff of its dtype, at which every stored result is rounded.
-        products: unit roundoff at which sums (of products, and plain ones) are accumulated, in any order.
+        sums: unit roundoff at which plain sums (norms, averages) are accumulated, in any order.
+        products: the same for the sums in matrix products.
         chunk: 0, or the longest sum of products that is left to a library; the sums of such chunks are then added in
             float64 and rounded once.
     """
 
     roundoff: float
+    sums: float
     products: float
     chunk: int = 0
 
     def total(self, count: int) -> float:
         """Relative to the sum of absolute values: the error of a sum of ``count`` terms, stored in the dtype."""
-        return self._stored(gamma(count, self.products), self.products)
+        return self._stored(gamma(count, self.sums), self.sums)
 
     def dot(self, count: int) -> float:
         """The same for a sum of ``count`` products in a matrix product."""
         if not 0 < self.chunk < count:
-            return self.total(count)
+            return self._stored(gamma(count, self.products), self.products)
         inner, outer = gamma(self.chunk, self.products), gamma(-(-count // self.chunk) + 1)
         return self._stored(add_up(inner, outer, mul_up(inner, outer)), U)
 
@@ -111,7 +113,7 @@ class Arithmetic:
 
 
 # bfloat16 products are accumulated in float32, by every library that the claim for bfloat16 is made for
-ARITHMETIC = {name: Arithmetic(u, min(u, 2.0**-24)) for name, u in UNIT_ROUNDOFF.items()}
+ARITHMETIC = {name: Arithmetic(u, min(u, 2.0**-24), min(u, 2.0**-24)) for name, u in UNIT_ROUNDOFF.items()}
 
 
 def largest(roundoff: float) -> float:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hf_lipschitz.cli.estimating import gaps, search, sentence
 from hf_lipschitz.cli.output import (
     JsonOption,
     complain,
@@ -34,16 +35,21 @@ def evaluate(
     label_column: Annotated[str | None, typer.Option("--data.label_column", metavar="NAME")] = None,
     resize: Annotated[bool, typer.Option("--data.resize", help="Resize images to the model's size.")] = False,
     radii: Annotated[str, typer.Option(metavar="R,R", help="l2 radii in pixel units, fractions allowed.")] = _RADII,
+    claim: Annotated[
+        str, typer.Option(metavar="C", help="exact, float64, float32, bfloat16 or float32+float64: whose radii.")
+    ] = "exact",
     attack: Annotated[
         bool, typer.Option(help="Also run a 50-step PGD attack just inside the certified radii.")
     ] = False,
+    estimate: Annotated[bool, typer.Option(help="Also search a lower estimate beside each bound.")] = True,
     limit: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the first N images.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, metavar="N", help="Images at a time.")] = 256,
     card: Annotated[bool, typer.Option(help="Write the figures into the model card.")] = True,
     as_json: JsonOption = False,
 ) -> None:
-    """Verify a folder, then measure clean and certified accuracy (exact network; logits and margins in float64)."""
+    """Verify a folder, then measure clean and certified accuracy (of the exact network, or of a deployed forward)."""
     wanted = parse_radii(radii)
+    check_claim(claim)
     if data_path is None:
         raise UserError("which images to evaluate on is not said: add --data.path PATH")
     if not folder.is_dir():
@@ -52,10 +58,12 @@ def evaluate(
     verdict = verified_or_exit(str(folder), as_json=as_json)
     with working():
         model, data = _load(folder, spec, data_split, limit)
-        evaluation = _certify(model, data, wanted, batch_size)
+        evaluation = _certify(model, data, wanted, batch_size, claim)
         attacks = _attack(model, data, evaluation) if attack else {}
+        estimates = search(model, data.pixel_values) if estimate else {}
         if card and limit is None:  # a card speaks of a whole split
-            _write_card(folder, evaluation, data_path, data_split, attacks)
+            _write_card(folder, evaluation, data_path, data_split, attacks, estimates)
+    bounds = {"logits": verdict.certificate.bound.value, "features": verdict.certificate.bound_features.value}
     changed = sum(attacks[dtype]["changed"] for dtype in ("float32", "float64")) if attacks else 0
     if as_json:
         print_json(
@@ -65,12 +73,20 @@ def evaluate(
                 "data": {"path": data_path, "split": data_split},
                 "evaluation": evaluation.as_dict(),
                 "attacks": attacks or None,
+                "lower_estimates": gaps(estimates, bounds) or None,
                 "verification": verdict.to_json(),
             }
         )
     else:
         _print_table(folder, evaluation, attacks)
-    if refuted := attacks.get("float64", {}).get("changed", 0):
+        for output, found in estimates.items():
+            result(f"bound to the {output} {bounds[output]!r}; {sentence(found, bounds[output])}")
+    _complain_of_changes(folder, changed, attacks.get("float64", {}).get("changed", 0))
+
+
+def _complain_of_changes(folder: Path, changed: int, refuted: int) -> None:
+    """Status 1 where an attack inside the radii succeeded; ``refuted`` of the changes were in float64."""
+    if refuted:
         complain(f"{refuted} float64 predictions changed inside their radius: the certificate of {folder} is refuted")
     elif changed:
         complain(f"{changed} float32 predictions changed inside the exact network's radius: rounding matters")
@@ -87,6 +103,13 @@ def parse_radii(text: str) -> tuple[float, ...]:
     if min(radii) < 0.0:
         raise UserError(f"--radii is {text!r}: a radius is at least 0")
     return radii
+
+
+def check_claim(claim: str) -> None:
+    """UserError for a claim that nobody can make, before a model is loaded."""
+    from hf_lipschitz.evaluation.deployed import deployment_of
+
+    deployment_of(claim)
 
 
 def _load(folder: Path, spec: dict[str, Any], split: str, limit: int | None) -> tuple[Any, Any]:
@@ -110,7 +133,7 @@ def _load(folder: Path, spec: dict[str, Any], split: str, limit: int | None) -> 
     return model, data
 
 
-def _certify(model: Any, data: Any, radii: tuple[float, ...], batch_size: int) -> Any:
+def _certify(model: Any, data: Any, radii: tuple[float, ...], batch_size: int, claim: str) -> Any:
     from hf_lipschitz.evaluation.certified import evaluate_certified
 
     return evaluate_certified(
@@ -121,6 +144,7 @@ def _certify(model: Any, data: Any, radii: tuple[float, ...], batch_size: int) -
         radii=radii,
         batch_size=batch_size,
         progress=len(data.labels) > batch_size,
+        claim=claim,
     )
 
 
@@ -132,12 +156,14 @@ def _attack(model: Any, data: Any, evaluation: Any) -> dict[str, dict[str, Any]]
         return attack_inside(model, data.pixel_values, evaluation, advance=lambda n: progress.advance(task, n))
 
 
-def _write_card(folder: Path, evaluation: Any, path: str, split: str, attacks: dict[str, dict[str, Any]]) -> None:
+def _write_card(
+    folder: Path, evaluation: Any, path: str, split: str, attacks: dict[str, dict[str, Any]], estimates: dict[str, Any]
+) -> None:
     from hf_lipschitz.model_card import Measured, write_model_card
 
     name = Path(path).resolve().name if Path(path).expanduser().exists() else path
     inside = [attacks[dtype] for dtype in ("float32", "float64") if dtype in attacks]
-    note(f"wrote {write_model_card(folder, evaluation=Measured(evaluation, name, split, inside))}")
+    note(f"wrote {write_model_card(folder, evaluation=Measured(evaluation, name, split, inside, estimates))}")
 
 
 def _print_table(folder: Path, evaluation: Any, attacks: dict[str, dict[str, Any]]) -> None:

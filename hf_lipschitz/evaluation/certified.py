@@ -2,7 +2,8 @@
 
 The claim is about the *exact network*: the function that the stored weights define in real arithmetic. The model is
 run once per image in float64, and what its rounding may have added to a margin (about 1e-9) is subtracted; see
-radii.py. What the same weights do in float32 or bfloat16 at a perturbed image is another claim, which is not made here.
+radii.py. What the same weights do in a floating-point dtype at a perturbed image is another claim, made on request:
+then the rounding error at every image of the ball is subtracted too; see deployed.py.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from tqdm.auto import tqdm
 from hf_lipschitz.bounds.certificate import Certificate
 from hf_lipschitz.bounds.rounding import U
 from hf_lipschitz.errors import UserError
+from hf_lipschitz.evaluation.deployed import DeployedErrors, deployed_margin_errors, deployment_of
 from hf_lipschitz.evaluation.pixels import certified_labels, certified_pixels
 from hf_lipschitz.evaluation.radii import (
     certified_accuracy,
@@ -50,6 +52,8 @@ class CertifiedEvaluation:
         lipschitz_bound: bound of the features' Lipschitz constant from pixels, as used.
         features_error: bound of the float64 features' rounding error, as used.
         claim: what is claimed to be robust.
+        deployed_error: the largest bound of a deployed feature vector's rounding error in a ball, where the claim is of
+            a deployed forward pass.
     """
 
     clean_accuracy: float
@@ -60,6 +64,7 @@ class CertifiedEvaluation:
     lipschitz_bound: float
     features_error: float
     claim: str = CLAIM
+    deployed_error: float | None = None
 
     @property
     def mean_radius(self) -> float:
@@ -69,6 +74,7 @@ class CertifiedEvaluation:
     def as_dict(self) -> dict[str, Any]:
         """The figures without the arrays, for JSON; radii are keys with all their digits, an infinite mean is None."""
         mean = self.mean_radius
+        deployed = {} if self.deployed_error is None else {"deployed_error": repr(self.deployed_error)}
         return {
             "claim": self.claim,
             "norm": "l2",
@@ -79,6 +85,7 @@ class CertifiedEvaluation:
             "mean_radius": mean if math.isfinite(mean) else None,
             "lipschitz_bound": self.lipschitz_bound,
             "features_error": self.features_error,
+            **deployed,
         }
 
 
@@ -91,6 +98,7 @@ def evaluate_certified(
     radii: Sequence[float] = (0.0, 36 / 255, 72 / 255, 108 / 255, 1.0),
     batch_size: int = 256,
     progress: bool = False,
+    claim: str = "exact",
 ) -> CertifiedEvaluation:
     """Run a float64 copy of the model and certify each prediction.
 
@@ -102,12 +110,14 @@ def evaluate_certified(
         certificate: of the weights that the model holds; the caller has checked that it is (``model.certificate``).
         radii: l2 radii in pixel units at which certified accuracy is reported.
         batch_size: images at a time. progress: show a progress bar.
+        claim: ``exact`` (the exact network), or a forward pass that keeps its prediction: ``float64``, ``float32``,
+            ``bfloat16``, or ``float32+float64`` (float32 inside ``products_in(torch.float64)``).
 
     Returns:
         The evaluation; the model itself is left as it was.
 
     Raises:
-        UserError: images, labels, radii or a certificate that do not fit; one sentence each.
+        UserError: images, labels, radii, claim or a certificate that do not fit; one sentence each.
 
     Source: radii.py.
     """
@@ -118,11 +128,13 @@ def evaluate_certified(
             raise UserError(f"radius {epsilon!r} is not a finite number of at least 0: give radii in pixel units")
     lipschitz, features_error = certified_numbers(certificate)
     pixels_BCHW = certified_pixels(pixel_values)
-    certifier = _Certifier.of(model, lipschitz, features_error)
+    deployment = deployment_of(claim)
+    deployed = None if deployment is None else DeployedErrors(certificate, _tensors(model), deployment)
+    certifier = _Certifier.of(model, lipschitz, features_error, deployed)
     labels_B = certified_labels(labels, len(pixels_BCHW), len(certifier.head.weight)).numpy()
     parts = tqdm(torch.split(pixels_BCHW, batch_size), desc="certify", unit="batch", disable=not progress)
     results = [certifier.certify(part) for part in parts]
-    radii_B, predictions_B = (np.concatenate(column) for column in zip(*results, strict=True))
+    radii_B, predictions_B, errors_B = (np.concatenate(column) for column in zip(*results, strict=True))
     correct_B = predictions_B == labels_B
     return CertifiedEvaluation(
         clean_accuracy=float(np.mean(correct_B)),
@@ -132,6 +144,8 @@ def evaluate_certified(
         labels=labels_B,
         lipschitz_bound=lipschitz,
         features_error=features_error,
+        claim=CLAIM if deployment is None else deployment.claim,
+        deployed_error=None if deployment is None else float(np.max(errors_B)),
     )
 
 
@@ -166,17 +180,20 @@ class _Certifier:
     norms_KK: NDArray[np.float64]
     lipschitz: float
     features_error: float
+    deployed: DeployedErrors | None
 
     @classmethod
-    def of(cls, model: nn.Module, lipschitz: float, features_error: float) -> _Certifier:
+    def of(
+        cls, model: nn.Module, lipschitz: float, features_error: float, deployed: DeployedErrors | None
+    ) -> _Certifier:
         """Copy the model and measure its head."""
         exact = _float64_copy(model)
         head = _Head.of(exact)
         norms_KK = pair_norms(head.weight, head.eps, normalize=head.normalize)
-        return cls(exact, head, norms_KK, lipschitz, features_error)
+        return cls(exact, head, norms_KK, lipschitz, features_error, deployed)
 
-    def certify(self, pixels_BCHW: Tensor) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Radii and predictions (-1 where logits are not finite) of one batch, (B,) each."""
+    def certify(self, pixels_BCHW: Tensor) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]:
+        """Radii, predictions (-1 where logits are not finite) and deployed errors of one batch, (B,) each."""
         features_BD, logits_BK = _forward(self.model, pixels_BCHW)
         top_B = np.argmax(logits_BK, axis=1)
         errors_BK = margin_errors(
@@ -191,7 +208,14 @@ class _Certifier:
             norms=self.norms_KK,
         )
         predictions_B = np.where(np.all(np.isfinite(logits_BK), axis=1), top_B, -1)
-        return certified_radius(logits_BK, self.norms_KK, self.lipschitz, errors_BK), predictions_B
+        radii_B = certified_radius(logits_BK, self.norms_KK, self.lipschitz, errors_BK)
+        if self.deployed is None:
+            return radii_B, predictions_B, np.zeros(len(radii_B))
+        deployed_B, norms_B = self.deployed.features(_array(pixels_BCHW), radii_B)
+        head = (self.head.weight, self.head.rounded_bias, self.head.normalize)
+        pairs_BK, arithmetic = self.norms_KK[top_B], self.deployed.deployment.arithmetic
+        errors_BK = errors_BK + deployed_margin_errors(deployed_B, norms_B, head, pairs_BK, arithmetic)
+        return certified_radius(logits_BK, self.norms_KK, self.lipschitz, errors_BK), predictions_B, deployed_B
 
 
 @dataclass(frozen=True)
@@ -202,6 +226,11 @@ class _Head:
     bias: NDArray[np.float64] | None
     eps: float
     normalize: bool
+
+    @property
+    def rounded_bias(self) -> NDArray[np.float64]:
+        """The bias, zeros where there is none."""
+        return np.zeros(len(self.weight)) if self.bias is None else self.bias
 
     @classmethod
     def of(cls, model: nn.Module) -> _Head:
@@ -242,6 +271,14 @@ def _forward(model: Any, pixels_BCHW: Tensor) -> tuple[NDArray[np.float64], NDAr
     with torch.no_grad(), torch.autocast(device.type, enabled=False), torch.backends.cudnn.flags(enabled=False):
         features_BD = model.base_model(pixels_BCHW.to(device=device, dtype=torch.float64)).pooler_output
         return _array(features_BD), _array(model.classifier(features_BD))
+
+
+def _tensors(model: nn.Module) -> dict[str, NDArray[np.float64]]:
+    """The state dict as float64 arrays; counters as they are."""
+    return {
+        name: _array(tensor) if tensor.is_floating_point() else tensor.cpu().numpy()
+        for name, tensor in model.state_dict().items()
+    }
 
 
 def _device(model: nn.Module) -> torch.device:

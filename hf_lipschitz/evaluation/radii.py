@@ -46,7 +46,7 @@ def normalized_rows(weight: ArrayLike, eps: float) -> tuple[Array, Array]:
     size_K = np.sqrt(np.einsum("kd,kd->k", rows_KD, rows_KD)) * (1.0 + 2.0 * gamma(weight_KD.shape[1] + 4))
     error_K = (size_K * relative + weight_KD.shape[1] * 2.0**-1022) * _SLACK
     error_K[~np.any(weight_KD, axis=1)] = 0.0
-    error_K[_out_of_range(weight_KD, U)] = math.inf
+    error_K[out_of_range(weight_KD, U)] = math.inf
     return rows_KD, error_K
 
 
@@ -232,7 +232,7 @@ def _logit_errors(
         lost_B1 = (size_BD.sum(axis=1, keepdims=True) * growth + width + 4.0) * _FLUSHED
         errors_BK = ((row + dot * (1.0 + row)) * products_BK + dot * np.abs(bias_K) + lost_B1) * _SLACK
     if normalize:
-        errors_BK[:, _out_of_range(weight_KD, unit_roundoff)] = math.inf
+        errors_BK[:, out_of_range(weight_KD, unit_roundoff)] = math.inf
     return errors_BK
 
 
@@ -242,7 +242,7 @@ def _row_error(width: int, unit_roundoff: float) -> float:
     return factor / (1.0 - factor) * _SLACK if factor < 0.5 else math.inf
 
 
-def _out_of_range(weight_KD: Array, unit_roundoff: float) -> NDArray[np.bool_]:
+def out_of_range(weight_KD: Array, unit_roundoff: float) -> NDArray[np.bool_]:
     """Rows, not zero, whose squares could overflow or vanish in the forward pass."""
     largest_K = np.max(np.abs(weight_KD), axis=1, initial=0.0)
     reach = 2.0 ** _SAFE_EXPONENT[unit_roundoff]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from hf_lipschitz.nn.module import ProgramBuilder
+from hf_lipschitz.nn.products import linear
 
 
 class NormalizedLinear(nn.Module):
@@ -29,8 +29,8 @@ class NormalizedLinear(nn.Module):
         """Logits."""
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
-                return F.linear(x.to(self.weight.dtype), self.normalized_weight(), self.bias)
-        return F.linear(x, self.normalized_weight(), self.bias)
+                return linear(x.to(self.weight.dtype), self.normalized_weight(), self.bias)
+        return linear(x, self.normalized_weight(), self.bias)
 
     def bound_nodes(self, builder: ProgramBuilder, x: int) -> int:
         """One ``normalized_linear@1``."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from hf_lipschitz.nn.module import ProgramBuilder
+from hf_lipschitz.nn.products import linear
 
 
 class LipschitzLinear(nn.Linear):
@@ -18,7 +18,7 @@ class LipschitzLinear(nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """(..., in) -> (..., out)."""
-        return F.linear(input, self.weight, self.bias)
+        return linear(input, self.weight, self.bias)
 
     def bound_nodes(self, builder: ProgramBuilder, x: int) -> int:
         """One ``linear@1``."""

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hf_lipschitz.nn.module import ProgramBuilder
+from hf_lipschitz.nn.products import linear, matmul
 
 
 class ShiftMixer(nn.Module):
@@ -23,7 +24,7 @@ class ShiftMixer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Rotate, shift, rotate back."""
-        return shift(x @ self.weight.T, self.grid, self.moved) @ self.weight
+        return linear(shift(linear(x, self.weight), self.grid, self.moved), self.weight.T)
 
     def bound_nodes(self, builder: ProgramBuilder, x: int) -> int:
         """linear, shift, transposed linear with the same tensor."""
@@ -56,7 +57,7 @@ class TokenMixing(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Mix tokens, channel by channel."""
-        return torch.matmul(self.weight, x)
+        return matmul(self.weight, x)
 
     def bound_nodes(self, builder: ProgramBuilder, x: int) -> int:
         """One ``token_mixing@1``."""
