@@ -18,13 +18,13 @@ from .errors import KernelError
 from .program import Node, Program
 from .rounding import ARITHMETIC, UNIT_ROUNDOFF, Arithmetic, Array, add_up, array_norm_up, largest, mul_up, sqrt_up
 from .rule import GEOMETRIES, Call, Geometry, NodeBound, NormTable, Rule, Shape, Size, tightened
-from .rules.scalars import enclose
+from .rules.scalars import MAX_COST, enclose, expression_cost
 
 # The one kind of stored tensor that an evaluation forward never reads: counters of normalisation layers.
 UNREAD_SUFFIXES = ("num_batches_tracked",)
-# What a hostile program may cost: the size of one value, and multiplications in norms (in all, and times those that
-# bounding every stored tensor once would take).
-MAX_ENTRIES, MAX_WORK, WORK_RATIO = 2**27, 2.0**36, 64.0
+# What a hostile program may cost: the size of one value and of all together, and multiplications in norms (in all, and
+# times those that bounding every stored tensor once would take).
+MAX_ENTRIES, MAX_TOTAL, MAX_WORK, WORK_RATIO = 2**27, 2**34, 2.0**36, 64.0
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def bound_program(
         with _place(index, node):
             rule, call = _prepare(index, node, weights, rules, shapes, norms)
             incoming = [bounds[i] for i in node.inputs]
-            shape = _limited(rule.shape(call))
+            shape = _limited(rule.shape(call), shapes)
             factor = unit if rule.arity == 0 else rule.lipschitz(call, geometry, tuple(b.lipschitz for b in incoming))
             size = tightened(rule.size(call, tuple(b.size for b in incoming)), shape)
             if not factor >= 0.0 or not size.token >= 0.0 or not size.total >= 0.0:
@@ -118,7 +118,7 @@ def node_values(
     for index, node in enumerate(program.nodes):
         with _place(index, node):
             rule, call = _prepare(index, node, weights, rules, shapes, norms)
-            shape = _limited(rule.shape(call))
+            shape = _limited(rule.shape(call), shapes)
             arguments = (np.asarray(inputs, dtype=np.float64),) if rule.arity == 0 else [values[i] for i in node.inputs]
             value = rule.apply(call, *arguments)
             if value.shape[1:] != shape:
@@ -211,6 +211,8 @@ def check_coverage(program: Program, weights: Mapping[str, Array]) -> None:
     for name in sorted(set(weights) - needed):
         if not name.endswith(UNREAD_SUFFIXES):
             raise KernelError(f"tensor {name!r} is stored but not covered by the program: nothing bounds what it does")
+    if sum(expression_cost(e, weights) for node in program.nodes for e in node.scalars.values()) > MAX_COST:
+        raise KernelError(f"the program's scalar expressions cost more than {MAX_COST} evaluations: shorten them")
 
 
 def _fits(array: Array, dtype: str) -> bool:
@@ -255,9 +257,10 @@ def _prepare(
     return rule, Call(index, node.attrs, inputs, tensors, node.tensors, scalars, norms, deviations, arithmetic)
 
 
-def _limited(shape: Shape) -> Shape:
-    if math.prod(shape) > MAX_ENTRIES:
-        raise KernelError(f"a value of sample shape {shape} has more than {MAX_ENTRIES} entries")
+def _limited(shape: Shape, before: Sequence[Shape]) -> Shape:
+    """The shape, unless a value of it, or all values so far together, would be too large."""
+    if math.prod(shape) > MAX_ENTRIES or sum(map(math.prod, before)) > MAX_TOTAL:
+        raise KernelError(f"a value of sample shape {shape}, or all values so far, have more entries than are allowed")
     return shape
 
 

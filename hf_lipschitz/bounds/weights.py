@@ -8,6 +8,7 @@ trailing bytes, tensors named twice across shards, shards that the index does no
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,29 @@ MAX_FILE = 2**38
 _DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8"}  # integers: counters, never read
 
 
-class Weights(dict[str, Array]):
-    """Tensors by name (bfloat16 widened to float32 exactly); ``dtypes`` as stored, ``digests`` file name -> SHA-256."""
+class Weights(Mapping[str, Array]):
+    """Tensors by name (bfloat16 widened to float32 exactly, at every reading: the file is held once); ``dtypes`` as
+    stored, ``digests`` file name -> SHA-256.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
+        self._stored: dict[str, Array] = {}
         self.dtypes: dict[str, str] = {}
         self.digests: dict[str, str] = {}
+
+    def __getitem__(self, name: str) -> Array:
+        stored = self._stored[name]
+        return (stored.astype(np.uint32) << 16).view(np.float32) if self.dtypes[name] == "BF16" else stored
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def add(self, name: str, stored: Array, dtype: str) -> None:
+        """Take one tensor as it lies in the file."""
+        self._stored[name], self.dtypes[name] = stored, dtype
 
 
 def read_weights(folder: Path) -> Weights:
@@ -75,9 +92,7 @@ def _read_file(folder: Path, file_name: str, weights: Weights) -> list[str]:
         if name in weights:
             raise KernelError(f"{file_name}: tensor {name!r} is stored twice")
         array = np.frombuffer(data, _DTYPES[entry["dtype"]], math.prod(entry["shape"]), start + begin)
-        if entry["dtype"] == "BF16":
-            array = (array.astype(np.uint32) << 16).view(np.float32)
-        weights[name], weights.dtypes[name] = array.reshape(entry["shape"]), entry["dtype"]
+        weights.add(name, array.reshape(entry["shape"]), entry["dtype"])
         names.append(name)
         expected = end
     if expected != len(data) - start:

@@ -219,9 +219,9 @@ LIES: list[tuple[str, Attack, str, str]] = [
     ("node deleted", restated(lambda c: c["program"]["nodes"].pop(4)), "bound", "program"),
     (
         "operation unknown",
-        restated(lambda c: c["program"]["nodes"][4].update(op="relu@1")),
+        restated(lambda c: c["program"]["nodes"][4].update(op="hardshrink@1")),
         "bound",
-        "no rule named 'relu@1'",
+        "no rule named 'hardshrink@1'",
     ),
     (
         "foreign operation",

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from hf_lipschitz.bounds import engine
 from hf_lipschitz.bounds.check import derive
 from hf_lipschitz.bounds.engine import bound_program, evaluate_program, rounding_error
 from hf_lipschitz.bounds.errors import KernelError
@@ -326,8 +327,10 @@ def test_no_rounding_claim_where_something_may_overflow() -> None:
 
 
 def test_derive_states_what_it_may() -> None:
-    """token_max has no rounding claim, l2 has one for each dtype."""
-    assert set(derive(_program(), _weights(), BUILT_IN).rounding) == {"float64", "float32"}
+    """token_max has no rounding claim, l2 has one for each dtype, infinite where weights are not exact in it."""
+    rounding = derive(_program(), _weights(), BUILT_IN).rounding
+    assert set(rounding) == {"float64", "float32", "bfloat16"}
+    assert math.isfinite(rounding["float32"].logits_error) and rounding["bfloat16"].logits_error == math.inf
     assert derive(_program(), _weights(), BUILT_IN, geometry="token_max").rounding == {}
 
 
@@ -374,3 +377,56 @@ def test_a_rule_without_bound_or_with_nan_gives_none() -> None:
         bound_program(program, {}, extended(BUILT_IN, (Nothing(),)))
     with pytest.raises(KernelError, match="has no bound"):
         bound_program(program, {}, extended(BUILT_IN, (type("_Bare", (Rule,), {"op": "acme::half@1"})(),)))
+
+
+def _many(count: int, node: Node, *shape: int) -> Program:
+    """A chain of the same node, many times."""
+    nodes = [Node(node.op, (i,), node.attrs, node.tensors, node.scalars) for i in range(count)]
+    return _chain(_input(*shape), *nodes)
+
+
+_COSTLY = [
+    (_many(1, Node("patchify@1", attrs={"patch": 1}), 3, 65536, 4096), {}, "more entries than are allowed"),
+    (
+        _many(200, Node("scale@1", scalars={"factor": ["max", ["exp", ["tensor", "w"]]]}), 1),
+        {"w": np.zeros(65536, np.float32)},
+        "scalar expressions cost more",
+    ),
+    (
+        _many(
+            3,
+            Node(
+                "softmax_attention@1",
+                attrs={"heads": 1},
+                tensors=dict.fromkeys(("query", "key", "value"), "w"),
+                scalars={"temperature": 1, "radius": 1},
+            ),
+            2,
+            64,
+        ),
+        {"w": np.ones((64, 64), np.float32)},
+        "cost more than its tensors justify",
+    ),
+]
+
+
+@pytest.mark.parametrize(("program", "weights", "message"), _COSTLY, ids=[row[2] for row in _COSTLY])
+def test_a_program_that_costs_too_much_is_refused(
+    program: Program, weights: Weights, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the work is done: what a verifier spends is bounded by what the weights justify."""
+    monkeypatch.setattr(engine, "MAX_WORK", 2.0**18)
+    monkeypatch.setattr(engine, "WORK_RATIO", 1.0)
+    with pytest.raises(KernelError, match=message):
+        _bound(program, weights)
+
+
+def test_bounds_are_proportional_to_the_unit() -> None:
+    """So a bound beyond float64 can be read in units of a small one."""
+    program, weights = _program(), _weights()
+    bound = bound_program(program, weights, BUILT_IN).outputs["logits"].lipschitz
+    small = bound_program(program, weights, BUILT_IN, unit=2.0**-600).outputs["logits"].lipschitz
+    assert small * 2.0**600 == pytest.approx(bound, rel=1e-12) and small * 2.0**600 >= bound * (1 - 1e-15)
+    huge = _many(4, Node("scale@1", scalars={"factor": 1e100}), 1)
+    assert _bound(huge, {}) == math.inf
+    assert bound_program(huge, {}, BUILT_IN, unit=2.0**-1000).outputs["logits"].lipschitz / 1e100 >= 2.0**-1000 * 1e300

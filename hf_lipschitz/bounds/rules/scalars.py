@@ -39,6 +39,7 @@ _UNARY: dict[str, Callable[[Enclosure], Enclosure]] = {
 # rounded, exp, softplus and sigmoid are composed of library calls, for which 8 is an assumption.
 _FORWARD_ULPS = {"add": 1, "sub": 1, "mul": 1, "div": 1, "sqrt": 1, "exp": 8, "softplus": 8, "sigmoid": 8, "max": 0}
 MAX_ENTRIES = 65536
+MAX_COST = 2**22  # of all expressions of one program: about a minute
 
 
 def check_expression(expression: Any, where: str) -> None:
@@ -69,6 +70,13 @@ def expression_tensors(expression: Any) -> Iterator[str]:
         yield parts[1]
     for argument in parts[1:]:
         yield from expression_tensors(argument)
+
+
+def expression_cost(expression: Any, tensors: Mapping[str, Array]) -> int:
+    """How many numbers an enclosure of the expression has to work out, at most."""
+    parts = cast("list[Any]", expression) if isinstance(expression, list) else []
+    entries = max((tensors[name].size for name in expression_tensors(expression)), default=1)
+    return entries + sum(expression_cost(argument, tensors) for argument in parts[1:] if isinstance(argument, list))
 
 
 @np.errstate(over="ignore", invalid="ignore")  # what overflows becomes an infinite end, or NaN, and no finite bound
