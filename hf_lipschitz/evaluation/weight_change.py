@@ -148,6 +148,37 @@ def _residual(rule: Rule, one: Call, other: Call, incoming: tuple[Size, ...]) ->
     return mul_up(_scalar_change(one, other, "weight"), add_up(incoming[0].total, incoming[1].total))
 
 
+def _attention(rule: Rule, one: Call, other: Call, incoming: tuple[Size, ...]) -> float:
+    """Values, radii, queries, keys and temperatures change one after the other, the rest at either of its values.
+
+    With tau, r the larger of both and column the root of the largest column sum of attention weights (1 for Sinkhorn):
+    values move the result by column |dV| |X|, radii by sqrt(N) |dr|, queries by tau r |dQ| |X|, keys by tau r column
+    |dK| |X|, temperatures by sqrt(N) |r dtau| (the derivation of the rule, with ds = tau <dq, k> and so on).
+    """
+    n, heads = one.shapes[0][0], one.attrs["heads"]
+    tau, radius = (_larger(one, other, slot, heads) for slot in ("temperature", "radius"))
+    column = 1.0 if rule.op.startswith("sinkhorn") else _column_root(float(tau.max()), n)
+    strength = float(np.max(np.nextafter(tau * radius, np.inf)))
+    apart = _difference(one, other)
+    factor = {"value": column, "query": strength, "key": mul_up(strength, column)}
+    moved = [mul_up(factor[slot], apart.norm(slot, "", None), incoming[0].total) for slot in factor]
+    bent = _scalar_changes(one.scalars["radius"], other.scalars["radius"])
+    heated = radius * _scalar_changes(one.scalars["temperature"], other.scalars["temperature"])
+    scalars = add_up(*(array_norm_up(np.nextafter(np.broadcast_to(each, (heads,)), np.inf)) for each in (bent, heated)))
+    return _rounded(add_up(*moved, mul_up(sqrt_up(float(n)), scalars)), one, other, incoming)
+
+
+def _larger(one: Call, other: Call, slot: str, heads: int) -> Array:
+    return np.broadcast_to(np.maximum(one.scalars[slot].high, other.scalars[slot].high), (heads,))
+
+
+def _column_root(tau: float, n: int) -> float:
+    """sqrt(N / (1 + (N - 1) e^{-2 tau})), rounded up."""
+    decay = Enclosure.exactly(-2.0 * tau).exp()
+    column = Enclosure.exactly(float(n)) / (Enclosure.exactly(1.0) + Enclosure.exactly(float(n - 1)) * decay)
+    return float(column.sqrt().high)
+
+
 def _scalar_change(one: Call, other: Call, slot: str) -> float:
     return array_norm_up(_scalar_changes(one.scalars[slot], other.scalars[slot]))
 
@@ -168,4 +199,6 @@ _CHANGES: dict[str, Change] = {
     "normalized_linear@1": _head,
     "scale@1": _scale,
     "residual@1": _residual,
+    "softmax_attention@1": _attention,
+    "sinkhorn_attention@1": _attention,
 }
