@@ -10,8 +10,8 @@ import io
 import tokenize
 from pathlib import Path
 
-CORE_BUDGET = 1000
-RULES_BUDGET = 1000
+CORE_BUDGET = 1150
+RULES_BUDGET = 1800
 KERNEL_FILE_CAP = 300
 KERNEL_LINE_CAP = 120
 FILE_CAP = 400

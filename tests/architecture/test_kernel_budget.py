@@ -37,8 +37,8 @@ def test_files_and_functions_are_within_their_caps() -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({f"bounds/a{i}.py": "x = 1\n" * 201 for i in range(5)}, "kernel core: 1005 code lines"),
-        ({f"bounds/rules/a{i}.py": "x = 1\n" * 201 for i in range(5)}, "kernel rules: 1005 code lines"),
+        ({f"bounds/a{i}.py": "x = 1\n" * 231 for i in range(5)}, "kernel core: 1155 code lines"),
+        ({f"bounds/rules/a{i}.py": "x = 1\n" * 201 for i in range(9)}, "kernel rules: 1809 code lines"),
         ({"bounds/a.py": "# a comment\n" * 301}, "a.py: 301 lines (cap 300 in the kernel)"),
         ({"bounds/a.py": "x = 1\ny = " + "1" * 120}, "a.py:2: 124 characters"),
         ({"nn/a.py": "x = 1\n" * 401}, "nn/a.py: 401 lines (cap 400)"),
