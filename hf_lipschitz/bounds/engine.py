@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -89,6 +89,7 @@ def bound_program(
         with _place(index, node):
             rule, call = _prepare(index, node, weights, rules, shapes, norms)
             incoming = [bounds[i] for i in node.inputs]
+            call = replace(call, sizes=tuple(b.size for b in incoming))
             shape = _limited(rule.shape(call), shapes)
             factor = unit if rule.arity == 0 else rule.lipschitz(call, geometry, tuple(b.lipschitz for b in incoming))
             size = tightened(rule.size(call, tuple(b.size for b in incoming)), shape)
@@ -175,9 +176,12 @@ def node_errors(
             for case in range(len(sound) if rule.arity else 0):
                 before = [errors[i][case] for i in node.inputs]
                 given = [sizes[i][case] for i in node.inputs]
-                computed = [Size(add_up(s.token, e), add_up(s.total, e)) for s, e in zip(given, before, strict=True)]
-                local = rule.rounding(call, roundoff, tuple(computed)) if sound[case] and strays else math.inf
-                error = add_up(rule.lipschitz(call, "l2", tuple(before)), local, lost)
+                computed = tuple(
+                    Size(add_up(s.token, e), add_up(s.total, e)) for s, e in zip(given, before, strict=True)
+                )
+                near = replace(call, sizes=computed)
+                local = rule.rounding(near, roundoff, computed) if sound[case] and strays else math.inf
+                error = add_up(rule.lipschitz(near, "l2", tuple(before)), local, lost)
                 reach = max(sizes[index][case].total, error, *(s.total for s in computed))
                 sound[case] = sound[case] and strays and reach <= largest(roundoff)
                 errors[index][case] = error if sound[case] else math.inf

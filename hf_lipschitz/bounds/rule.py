@@ -80,7 +80,8 @@ class Call:
 
     ``tensors`` holds stored arrays by slot (upcast to float64), ``names`` their names, ``scalars`` enclosures of real
     values, ``deviations`` how far a float forward's scalars may stray from them, ``shapes`` the sample shapes of the
-    inputs, ``index`` the node's place in the program, ``arithmetic`` how the forward pass in question computes.
+    inputs, ``index`` the node's place in the program, ``arithmetic`` how the forward pass in question computes,
+    ``sizes`` how large the inputs are, where a Lipschitz bound or rounding error is asked for.
     """
 
     index: int
@@ -92,6 +93,7 @@ class Call:
     norms: NormTable
     deviations: Mapping[str, float]
     arithmetic: Arithmetic = ARITHMETIC["float64"]
+    sizes: tuple[Size, ...] = ()
 
     def norm(self, slot: str, form: str = "", matrix: Callable[[], Array] | None = None) -> float:
         """Bound the spectral norm of the tensor in ``slot``, or of ``matrix()`` derived from it (named by ``form``).

@@ -81,6 +81,8 @@ def _walk(
     calls = zip(*(node_calls(program, w, rules, b) for w, b in zip(weights, bounds, strict=True)), strict=True)
     for index, ((rule, one), (_, other)) in enumerate(calls):
         node, sizes = program.nodes[index], bounds[1].nodes
+        # between the inputs of the two networks: in the convex set of what is at most as large as either
+        one = replace(one, sizes=tuple(_larger_size(bounds, i) for i in node.inputs))
         carried = rule.lipschitz(one, "l2", tuple(moved[i] for i in node.inputs)) if node.inputs else 0.0
         own = 0.0
         if node.inputs and not _same(one, other):
@@ -90,6 +92,11 @@ def _walk(
         moved.append(min(add_up(carried, own), both))
     outputs = {name: moved[index] for name, index in program.outputs.items()}
     return WeightChange(outputs["features"], outputs["logits"], tuple(moved))
+
+
+def _larger_size(bounds: tuple[ProgramBound, ProgramBound], index: int) -> Size:
+    first, second = (bound.nodes[index].size for bound in bounds)
+    return Size(max(first.token, second.token), max(first.total, second.total))
 
 
 def _same(one: Call, other: Call) -> bool:
