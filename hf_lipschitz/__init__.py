@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from hf_lipschitz.training.recipe import Recipe as Recipe
     from hf_lipschitz.verdict import Verdict as Verdict
     from hf_lipschitz.verification import verify as verify
+    from hf_lipschitz.weight_change import bound_weight_change as bound_weight_change
 
 __version__ = "0.1.0.dev0"
 
@@ -64,6 +65,7 @@ _HOME = {
     "SpectralMuon": "optim.spectral_muon",
     "UserError": "errors",
     "Verdict": "verdict",
+    "bound_weight_change": "weight_change",
     "certified_accuracy": "evaluation.certified",
     "certified_radius": "evaluation.certified",
     "certify": "certify",
