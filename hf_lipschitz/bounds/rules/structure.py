@@ -38,7 +38,7 @@ class Input(Rule):
         return Size(sqrt_up(float(width_of(shape))), sqrt_up(float(math.prod(shape))))
 
 
-class _Rearrangement(Rule):
+class Rearrangement(Rule):
     """Entries are moved, never changed: exact in floating point, and an isometry in ``l2``."""
 
     def gains(self, call: Call, geometry: Geometry) -> tuple[float, ...]:
@@ -51,7 +51,7 @@ class _Rearrangement(Rule):
         return 0.0
 
 
-class Patchify(_Rearrangement):
+class Patchify(Rearrangement):
     """(C, H, W) -> (H/p * W/p, C p p): non-overlapping patches in row-major order, entries in (channel, row, column)
     order.
     """
@@ -77,7 +77,7 @@ class Patchify(_Rearrangement):
         return float(call.attrs["patch"])
 
 
-class PatchMerge(_Rearrangement):
+class PatchMerge(Rearrangement):
     """(H W, d) -> (H/f * W/f, f f d): f x f neighbouring tokens become one, in (row, column, channel) order."""
 
     op = "patch_merge@1"
@@ -99,7 +99,7 @@ class PatchMerge(_Rearrangement):
         return float(call.attrs["factor"])
 
 
-class Shift(_Rearrangement):
+class Shift(Rearrangement):
     """Circular shifts of four groups of ``moved`` channels by one cell of a grid: down, up, right, left; others stay.
 
     In ``token_max`` an output token gathers channels of as many tokens as there are distinct offsets.
