@@ -75,6 +75,7 @@ class Row:
         positive: vectors whose entries are made positive (variances).
         sharp: geometries in which the bound is reached within 2 %.
         slack: geometry -> why it is not.
+        reach: the largest token norm of the inputs that the constant is searched on.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Row:
     sharp: tuple[str, ...] = ("l2", "token_max")
     slack: Mapping[str, str] = field(default_factory=dict)
     positive: frozenset[str] = frozenset()
+    reach: float = math.inf
 
     def kinds(self) -> list[str]:
         """The kinds of matrices that this row is tried with."""
@@ -102,7 +104,7 @@ class Row:
         weights = {name: np.asarray(value, dtype=np.float32) for name, value in drawn.items()}
         slots = {slot: slot for slot in [*self.matrices, *self.vectors] if slot not in READ_BY_SCALARS}
         node = Node(self.op, tuple(range(len(self.shapes))), dict(self.attrs), slots, dict(self.scalars))
-        return Example(node, self.shapes, weights)
+        return Example(node, self.shapes, weights, self.reach)
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ class Example:
     node: Node
     shapes: tuple[Shape, ...]
     weights: Mapping[str, Array]
+    reach: float = math.inf
 
 
 READ_BY_SCALARS = ("raw", "raw_tau", "raw_radius")

@@ -7,13 +7,16 @@ float64 rounding, which is taken off), so a rule that claims less is wrong.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from hf_lipschitz.bounds import engine
 from hf_lipschitz.bounds.rounding import ARITHMETIC, Array
-from hf_lipschitz.bounds.rule import Call, Geometry, NormTable, Rule
+from hf_lipschitz.bounds.rule import Call, Geometry, NormTable, Rule, Size
 from hf_lipschitz.bounds.rules.table import BUILT_IN
 from tests.bounds.operations import OPERATIONS, value_of
 from tests.bounds.row import Example
@@ -41,6 +44,7 @@ def claimed_constant(example: Example, geometry: Geometry, rule: Rule | None = N
     """What the rule claims for inputs that are 1-Lipschitz."""
     rule, call = ask(example, rule)
     rule.shape(call)
+    call = replace(call, sizes=(Size(example.reach, math.inf),) * len(example.shapes))
     return rule.lipschitz(call, geometry, (1.0,) * len(example.shapes))
 
 
@@ -60,12 +64,18 @@ def reached_constant(
         noise = torch.randn((points, *example.shapes[0]), generator=generator, dtype=torch.float64)
         candidates = noise * scales.view(-1, *[1] * len(example.shapes[0]))
         for _ in range(rounds):
+            candidates = _within(candidates, example.reach)
             ratios = stretch(torch.func.vmap(torch.func.jacrev(function))(candidates), example.shapes[0], geometry)
             best = max(best, float(ratios.max()))
             kept = candidates[ratios.topk(min(4, points)).indices].repeat(points // 4, *[1] * len(example.shapes[0]))
             noise = torch.randn(kept.shape, generator=generator, dtype=torch.float64)
             candidates = kept + 0.2 * kept.abs().mean() * noise
     return best * (1.0 - _NOISE)
+
+
+def _within(x_BNd: Tensor, reach: float) -> Tensor:
+    """Tokens shortened to at most ``reach``."""
+    return x_BNd if math.isinf(reach) else x_BNd * (reach / x_BNd.norm(dim=-1, keepdim=True)).clamp_max(1.0)
 
 
 def stretch(jacobians: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Tensor:
@@ -79,6 +89,7 @@ def stretch(jacobians: Tensor, shape: tuple[int, ...], geometry: Geometry) -> Te
     v_BNMe[..., ::2] *= -1.0
     reached = torch.zeros(len(jacobians), dtype=jacobians.dtype)
     for _ in range(12):
+        v_BNMe = v_BNMe / v_BNMe.abs().amax(dim=-1, keepdim=True).clamp_min(1e-300)  # squares must not underflow
         v_BNMe = v_BNMe / v_BNMe.norm(dim=-1, keepdim=True).clamp_min(1e-300)
         y_BNd = torch.einsum("bndme,bnme->bnd", j_BNdMe, v_BNMe)
         reached = torch.maximum(reached, y_BNd.norm(dim=-1).amax(dim=1))

@@ -35,6 +35,15 @@ FORMS: dict[str, dict[str, Any]] = {
     }
     for mixer, activation, pooling, shape in itertools.product(TOKEN_MIXERS, ACTIVATIONS, POOLINGS, _STAGES)
 }
+FORMS |= {
+    f"{mixer} sinkhorn {shape}": {
+        **_TINY,
+        **_STAGES[shape],
+        "token_mixer": mixer,
+        "attention_normalization": "sinkhorn",
+    }
+    for mixer, shape in itertools.product(("attention", "hybrid"), _STAGES)
+}
 
 
 def tiny(**changes: Any) -> LipViTConfig:

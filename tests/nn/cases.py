@@ -15,6 +15,7 @@ from hf_lipschitz.nn.linear import BatchCentering, LipschitzLinear, LipschitzMap
 from hf_lipschitz.nn.mixing import ShiftMixer, TokenMixing
 from hf_lipschitz.nn.pixels import Patchify, PatchMerge, PixelNormalization, TokenOffset
 from hf_lipschitz.nn.pooling import L2Pool, SumPool
+from hf_lipschitz.nn.sinkhorn import SinkhornAttention
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,9 @@ LAYERS = (
     Layer("attention", lambda: BoundedAttention(6, 4, 2), (4, 6)),
     Layer("attention of one head", lambda: BoundedAttention(3, 5, 1), (5, 3)),
     Layer("attention of one token", lambda: BoundedAttention(4, 1, 2), (1, 4)),
+    Layer("sinkhorn attention", lambda: SinkhornAttention(6, 4, 2), (4, 6)),
+    Layer("sinkhorn attention of one head", lambda: SinkhornAttention(3, 5, 1), (5, 3)),
+    Layer("sinkhorn attention of one token", lambda: SinkhornAttention(4, 1, 2), (1, 4)),
     Layer("pixel normalization", lambda: PixelNormalization([0.5, 0.1], [0.25, 1.0]), (2, 3, 4)),
     Layer("patchify", lambda: Patchify(2), (3, 4, 6)),
     Layer("patch merge", lambda: PatchMerge(2, 4), (8, 3)),

@@ -13,6 +13,7 @@ from hf_lipschitz.models.lip_vit.presets import PRESETS
 
 TOKEN_MIXERS = ("shift", "orthogonal", "attention", "hybrid")
 ACTIVATIONS = ("maxmin", "abs", "group_sort")
+ATTENTION_NORMALIZATIONS = ("softmax", "sinkhorn")
 POOLINGS = ("l2", "sum")
 _INTEGERS = {
     "image_size": (1, 65536),
@@ -43,6 +44,8 @@ class LipViTConfig(PreTrainedConfig):
             orthogonal map.
         token_mixer (`str`): `"shift"`, `"orthogonal"`, `"attention"` or `"hybrid"` (shift and attention alternating).
         num_attention_heads (`int`): heads of the attention mixers; divides every width that has one.
+        attention_normalization (`str`): `"softmax"` (every query's weights sum to one) or `"sinkhorn"` (and every
+            key's too, which takes the factor sqrt(c) out of the bound) in the attention mixers.
         shift_fraction (`float`): share of the channels that each of the four shifts moves (at least one channel).
         activation (`str`): `"maxmin"`, `"abs"` (on `abs_fraction` of the channels) or `"group_sort"` (groups of
             `group_size`).
@@ -67,6 +70,7 @@ class LipViTConfig(PreTrainedConfig):
     stages: list[dict[str, int]] | None = None
     token_mixer: str = "shift"
     num_attention_heads: int = 4
+    attention_normalization: str = "softmax"
     shift_fraction: float | int = 0.0625
     activation: str = "maxmin"
     abs_fraction: float | int = 0.75
@@ -162,7 +166,13 @@ def _check_constraints(constraints: list[dict[str, Any]]) -> None:
 
 
 def _check_choices(config: LipViTConfig) -> None:
-    for key, known in (("token_mixer", TOKEN_MIXERS), ("activation", ACTIVATIONS), ("pooling", POOLINGS)):
+    choices = {
+        "token_mixer": TOKEN_MIXERS,
+        "attention_normalization": ATTENTION_NORMALIZATIONS,
+        "activation": ACTIVATIONS,
+        "pooling": POOLINGS,
+    }
+    for key, known in choices.items():
         if getattr(config, key) not in known:
             raise ValueError(f"{key} is {getattr(config, key)!r}; choose one of {', '.join(known)}")
     for key in ("image_mean", "image_std"):

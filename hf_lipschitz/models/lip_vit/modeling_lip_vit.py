@@ -29,6 +29,7 @@ from hf_lipschitz.nn.mixing import ShiftMixer, TokenMixing
 from hf_lipschitz.nn.module import ProgramBuilder
 from hf_lipschitz.nn.pixels import Patchify, PatchMerge, PixelNormalization, TokenOffset
 from hf_lipschitz.nn.pooling import L2Pool, SumPool
+from hf_lipschitz.nn.sinkhorn import SinkhornAttention
 
 
 def _activation(config: LipViTConfig, width: int) -> nn.Module:
@@ -51,7 +52,8 @@ def _mixer(config: LipViTConfig, width: int, grid: tuple[int, int], index: int) 
         return ShiftMixer(width, grid, max(1, int(config.shift_fraction * width)))
     if kind == "orthogonal":
         return TokenMixing(grid[0] * grid[1])
-    return BoundedAttention(width, grid[0] * grid[1], config.num_attention_heads)
+    attention = SinkhornAttention if config.attention_normalization == "sinkhorn" else BoundedAttention
+    return attention(width, grid[0] * grid[1], config.num_attention_heads)
 
 
 class LipViTEmbeddings(nn.Module):
