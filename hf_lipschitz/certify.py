@@ -1,4 +1,8 @@
-"""From a model to its certificate: the program of its class and config, bounded with the tensors as saved."""
+"""From a model to its certificate: its program, bounded with the tensors as saved.
+
+The program is that of class and config where the class states one (``bound_program``); any other torch model is traced
+and lowered (lowering/lower.py), which needs an example input.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ import os
 import platform
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -23,39 +27,55 @@ from hf_lipschitz.bounds.rule import Geometry, Rule
 from hf_lipschitz.bounds.rules.table import BUILT_IN
 from hf_lipschitz.bounds.weights import read_weights
 from hf_lipschitz.errors import UserError
+from hf_lipschitz.foreign import example, example_shape, is_timm, timm_model, transformers_model
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+Space = Literal["model_input", "pixels[0,1]"]
+
 
 def certify(
-    target: PreTrainedModel | str | os.PathLike[str],
+    target: torch.nn.Module | str | os.PathLike[str],
+    example_input: torch.Tensor | None = None,
     *,
     norm: Geometry = "l2",
+    space: Space = "model_input",
     rules: Mapping[str, Rule] = BUILT_IN,
 ) -> Certificate:
     """Bound a model's Lipschitz constant and return the certificate; nothing is written.
 
     Args:
-        target: a checkpoint folder (its files are read as stored), or a model with ``bound_program`` (its state dict is
-            read as ``save_pretrained`` would store it; the certificate then covers no files).
+        target: a checkpoint folder (its files are read as stored), or a torch model (its state dict is read as
+            ``save_pretrained`` would store it; the certificate then covers no files). A folder is one of this library,
+            of timm (config.json with ``architecture``), or of a transformers class; nothing is fetched for it.
+        example_input: (B, *sample shape), floats; for models whose class states no program. Only the shape counts: the
+            certificate is that of inputs of this shape. A folder needs none if its config states an input size.
         norm: ``l2`` (all entries together) or ``token_max`` (every token may move at once).
+        space: of a model whose class states no program: ``pixels[0,1]`` if every entry of its inputs lies in [0, 1].
         rules: the rule table to trust.
 
     Raises:
-        UserError: the model's class states no program of its own forward, or the folder is missing.
-        KernelError: an operation without rule, NaN or infinite weights, tensors that the program does not cover.
+        UserError: the model states no program and has no example input, cannot be traced, or has an operation without
+            rule (the sentence names the module); or the folder is missing.
+        KernelError: NaN or infinite weights, tensors that the program does not cover.
     """
     if isinstance(target, str | os.PathLike):
-        return _certify_folder(Path(target), norm, rules)
-    program = own_program(type(target))(target)
+        return _certify_folder(Path(target), example_input, norm, space, rules)
+    program = _program_of_model(target, example_input, space)
     return make_certificate(program, state_arrays(target), {}, norm=norm, rules=rules)
 
 
-def write_certificate(folder: str | os.PathLike[str], *, norm: Geometry = "l2") -> Certificate:
+def write_certificate(
+    folder: str | os.PathLike[str],
+    example_input: torch.Tensor | None = None,
+    *,
+    norm: Geometry = "l2",
+    space: Space = "model_input",
+) -> Certificate:
     """Certify a folder and write ``lipschitz_certificate.json`` into it (under a temporary name first)."""
-    certificate = certify(Path(folder), norm=norm)
+    certificate = certify(Path(folder), example_input, norm=norm, space=space)
     path = Path(folder) / FILE_NAME
     temporary = path.with_name(f".{FILE_NAME}.{os.getpid()}.tmp")
     try:
@@ -97,12 +117,44 @@ def claimed(derived: Derived) -> Derived:
     return Derived(above(derived.bound), above(derived.bound_features), rounding, derived.matrices)
 
 
-def _certify_folder(folder: Path, norm: Geometry, rules: Mapping[str, Rule]) -> Certificate:
+def _certify_folder(
+    folder: Path, example_input: torch.Tensor | None, norm: Geometry, space: Space, rules: Mapping[str, Rule]
+) -> Certificate:
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the path of a saved checkpoint")
     weights = read_weights(folder)
     files = {**weights.digests, CONFIG: strict_json.sha256(strict_json.read_bytes(folder / CONFIG))}
-    return make_certificate(program_of_folder(folder), weights, files, norm=norm, rules=rules)
+    model = foreign_model(folder, weights)
+    if model is None:
+        program = program_of_folder(folder)
+    else:
+        given = example(example_shape(folder)) if example_input is None else example_input
+        program = _program_of_model(model, given, space)
+    return make_certificate(program, weights, files, norm=norm, rules=rules)
+
+
+def foreign_model(folder: Path, weights: Mapping[str, Array]) -> torch.nn.Module | None:
+    """The float64 model of a folder whose class states no program, with exactly these weights; None for our own.
+
+    Raises:
+        UserError: the config names no class that is installed, or the weights are not exactly the model's.
+    """
+    if is_timm(folder):
+        return timm_model(folder, weights)
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    kind = model_class(config)
+    return None if hasattr(kind, "bound_program") else transformers_model(kind, config, weights)
+
+
+def _program_of_model(model: torch.nn.Module, example_input: torch.Tensor | None, space: Space) -> Program:
+    """The program that a model's class states, or else that of its traced forward."""
+    if example_input is None or hasattr(type(model), "bound_program"):
+        return own_program(type(model))(model)
+    from hf_lipschitz.lowering.lower import lower
+
+    return lower(model, example_input, space=space)
 
 
 def program_of_folder(folder: str | os.PathLike[str]) -> Program:
@@ -127,7 +179,10 @@ def own_program(kind: type) -> Callable[[Any], Program]:
     """The ``bound_program`` of a class, if no subclass overrides the forward that it speaks of."""
     definer = {name: next((c for c in kind.__mro__ if name in vars(c)), None) for name in ("bound_program", "forward")}
     if definer["bound_program"] is None:
-        raise UserError(f"{kind.__name__} states no bound program: certify supports models with a bound_program method")
+        raise UserError(
+            f"{kind.__name__} states no bound program: give an example input, as in certify(model, example_input), so "
+            "that its forward can be traced"
+        )
     if definer["bound_program"] is not definer["forward"]:
         raise UserError(f"{kind.__name__} overrides forward without its own bound_program: add one beside it")
     return vars(definer["bound_program"])["bound_program"]

@@ -30,6 +30,7 @@ from hf_lipschitz.bounds.weights import Weights, read_weights
 from hf_lipschitz.certify import model_class
 from hf_lipschitz.errors import UserError
 from hf_lipschitz.evaluation.certified import CertifiedEvaluation
+from hf_lipschitz.evaluation.lower_bounds import LowerEstimate
 from hf_lipschitz.evaluation.radii import certified_accuracy
 
 CARD_FILE = "README.md"
@@ -48,12 +49,14 @@ class Measured:
         result: clean and certified accuracy.
         data: the name of the data set, as a reader would look for it. split: which part of it.
         attacks: results of attacks just inside the certified radii, each as ``AttackResult.as_dict`` gives it.
+        lower_estimates: what a search found beside the bounds to ``logits`` and ``features``.
     """
 
     result: CertifiedEvaluation
     data: str
     split: str = "test"
     attacks: Sequence[Mapping[str, Any]] = ()
+    lower_estimates: Mapping[str, LowerEstimate] = dataclasses.field(default_factory=dict)
 
 
 def write_model_card(
@@ -94,7 +97,7 @@ def write_model_card(
     name = folder.resolve().name
     sections = [
         _opening(name, config, weights, certificate, base_model),
-        _bound_section(certificate),
+        _bound_section(certificate, evaluation.lower_estimates if evaluation is not None else {}),
         *([_accuracy_section(evaluation)] if evaluation is not None else []),
         _promise_section(certificate),
         _use_section(repo_id or "org/name"),
@@ -206,14 +209,24 @@ def _opening(name: str, config: Any, weights: Weights, certificate: Certificate,
     )
 
 
-def _bound_section(certificate: Certificate) -> str:
+def _bound_section(certificate: Certificate, estimates: Mapping[str, LowerEstimate]) -> str:
     rows = [_bound_row(bound) for bound in (certificate.bound, certificate.bound_features)]
-    return (
+    text = (
         "## The bound\n\n"
         "| to | Lipschitz bound | log10 | norm | from |\n| --- | --- | --- | --- | --- |\n" + "\n".join(rows) + "\n\n"
         "Proved for the stored weights in real arithmetic, all figures rounded up; `lipschitz_certificate.json` states "
         "them exactly, with the function they are of.\n"
     )
+    bounds = [bound for bound in (certificate.bound, certificate.bound_features) if bound.to in estimates]
+    same = [bound for bound in bounds if estimates[bound.to].norm == bound.norm]
+    found = " and ".join(_gap_text(bound, estimates[bound.to]) for bound in same)
+    return f"{text}\nHow tight it is: a search found pairs of images with {found}.\n" if found else text
+
+
+def _gap_text(bound: Bound, estimate: LowerEstimate) -> str:
+    """A lower estimate beside its bound, both rounded outward."""
+    low = decimal.Context(prec=5, rounding=decimal.ROUND_FLOOR).create_decimal(decimal.Decimal(estimate.value))
+    return f"{bound.to} {low:f} times as far apart (the bound is {rounded_up(estimate.gap(bound.value), 4)} times that)"
 
 
 def _bound_row(bound: Bound) -> str:

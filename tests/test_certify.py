@@ -124,7 +124,7 @@ _REFUSED: list[tuple[str, Callable[[Path], Any], str]] = [
     (
         "a class without program",
         lambda f: _config(f, model_type="vit", architectures=["ViTModel"]),
-        "ViTModel states no bound program",
+        "tensor 'classifier.bias' is stored, but ViTModel has none",
     ),
     ("zero weights", lambda f: _edit(f, lambda t: [v.zero_() for v in t.values()]), "the bound is zero or infinite"),
 ]

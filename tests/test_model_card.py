@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -15,6 +16,7 @@ from hf_lipschitz.bounds import strict_json
 from hf_lipschitz.bounds.certificate import FILE_NAME, Certificate
 from hf_lipschitz.errors import UserError
 from hf_lipschitz.evaluation.certified import CertifiedEvaluation
+from hf_lipschitz.evaluation.lower_bounds import LowerEstimate
 from hf_lipschitz.model_card import (
     Measured,
     certified_accuracy_picture,
@@ -76,6 +78,19 @@ def test_a_full_card(folder: Path) -> None:
         assert said in text
     assert "{" not in text  # nothing of the template is left
     assert verify(folder).ok
+
+
+def test_the_gap_stands_beside_the_bound_where_an_estimate_exists(folder: Path) -> None:
+    bound = _certificate(folder).bound
+    found = LowerEstimate(bound.value / 1.25, 0.0, torch.zeros(1), torch.zeros(1), "l2")
+    other = LowerEstimate(0.5, 0.0, torch.zeros(1), torch.zeros(1), "token_max")  # in another norm: says nothing here
+    measured = Measured(_evaluation(), "digits", lower_estimates={"logits": found, "features": other})
+    text = write_model_card(folder, evaluation=measured).read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("How tight it is")]
+    assert "(the bound is 1.25" in line and "features" not in line
+    shown = float(line.split("logits ")[1].split()[0])
+    assert 0.999 * found.value <= shown <= found.value
+    assert "How tight" not in write_model_card(folder, evaluation=Measured(_evaluation(), "digits")).read_text()
 
 
 def test_the_metadata(folder: Path) -> None:

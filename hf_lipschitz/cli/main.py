@@ -17,6 +17,7 @@ from hf_lipschitz import __version__
 from hf_lipschitz.cli.certify import certify
 from hf_lipschitz.cli.demo import demo
 from hf_lipschitz.cli.evaluate import evaluate
+from hf_lipschitz.cli.inspect import inspect
 from hf_lipschitz.cli.output import complain, note, result
 from hf_lipschitz.cli.push import push
 from hf_lipschitz.cli.train import train
@@ -36,6 +37,7 @@ app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options"
 app.command()(certify)
 app.command()(verify)
 app.command()(evaluate)
+app.command()(inspect)
 app.command()(push)
 
 

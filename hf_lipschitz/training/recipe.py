@@ -72,7 +72,10 @@ class OptimizerSection(_Section):
 
 
 class TrainerSection(_Section):
-    """What is handed to ``transformers.TrainingArguments``; ``arguments`` takes any other of its keys."""
+    """What is handed to ``transformers.TrainingArguments``; ``arguments`` takes any other of its keys.
+
+    ``estimate_steps`` is ours: after so many steps the next log line carries a lower estimate beside the bound.
+    """
 
     max_steps: Annotated[int, Field(gt=0)]
     batch_size: Annotated[int, Field(gt=0)] = 256
@@ -80,6 +83,7 @@ class TrainerSection(_Section):
     schedule: str = "linear"
     bf16: bool | Literal["auto"] = False
     logging_steps: Annotated[int, Field(gt=0)] = 50
+    estimate_steps: Annotated[int, Field(gt=0)] | None = None
     save_steps: Annotated[int, Field(gt=0)] | None = None
     seed: int = 0
     arguments: dict[str, Any] = Field(default_factory=dict)

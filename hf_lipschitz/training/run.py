@@ -136,6 +136,8 @@ def build_trainer(
         settings = recipe.optimizer.model_dump(include={"lr", "adamw_lr", "momentum", "nesterov", "weight_decay"})
         optimizer = {"optimizer_cls_and_kwargs": (spectral_muon, settings)}
     arguments = training_arguments(recipe, folder, progress=progress)
+    every = recipe.trainer.estimate_steps
+    lipschitz = LipschitzCallback(estimate_every=every, estimate_inputs=None if every is None else data.pixel_values)
     needed = arguments.train_batch_size * arguments.world_size
     if len(data) < needed:
         raise UserError(f"a batch takes {needed} images and there are {len(data)}: lower trainer.batch_size")
@@ -147,7 +149,7 @@ def build_trainer(
             train_dataset=BatchedImages(data, crop=recipe.data.crop, flip=recipe.data.flip),
             data_collator=BatchedImages.collate,
             compute_loss_func=loss,
-            callbacks=[LipschitzCallback(), LossProgress(loss)],
+            callbacks=[lipschitz, LossProgress(loss)],
             **optimizer,
         )
     except (ValueError, RuntimeError, ImportError) as error:  # arguments that do not go together, a missing package

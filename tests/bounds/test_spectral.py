@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 import zlib
 from collections.abc import Callable
+from fractions import Fraction
 
 import mpmath
 import numpy as np
@@ -15,7 +17,7 @@ from hypothesis.extra import numpy as arrays
 
 from hf_lipschitz.bounds import spectral
 from hf_lipschitz.bounds.errors import KernelError
-from hf_lipschitz.bounds.rounding import Array
+from hf_lipschitz.bounds.rounding import Array, U
 from hf_lipschitz.bounds.spectral import spectral_norm_upper
 
 Draw = Callable[[np.random.Generator], Array]
@@ -146,7 +148,7 @@ def test_any_matrix(matrix: Array) -> None:
 
 @pytest.mark.parametrize("name", ["gaussian", "orthogonal", "condition 1e12", "integers to 2^24", "graded"])
 def test_without_a_factorisation_it_falls_back(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(spectral, "_any_l", lambda *arguments: None)
+    monkeypatch.setattr(spectral, "any_l", lambda *arguments: None)
     monkeypatch.setattr(spectral, "_near_orthogonal", lambda *arguments: None)
     matrix = _matrix(name, 0)
     bound = spectral_norm_upper(matrix)
@@ -166,13 +168,13 @@ def test_a_factorisation_that_lies_only_loosens(garbage: float, monkeypatch: pyt
 def test_eigenvalues_that_lie_only_loosen(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = _matrix("gaussian", 0)
     for lie in (0.0, 1e-3, 1e3, np.nan):
-        monkeypatch.setattr(np.linalg, "eigvalsh", lambda gram, lie=lie: np.full(len(gram), lie))
+        monkeypatch.setattr(np.linalg, "eigvalsh", lambda gram, lie=lie: np.full(gram.shape[:-1], lie))
         _excess("gaussian", matrix, spectral_norm_upper(matrix).value)
 
 
 def test_eigenvalues_and_a_factorisation_that_lie_together_only_loosen(monkeypatch: pytest.MonkeyPatch) -> None:
     matrix = _matrix("gaussian", 0)
-    monkeypatch.setattr(np.linalg, "eigvalsh", lambda gram: np.full(len(gram), 1e-3))
+    monkeypatch.setattr(np.linalg, "eigvalsh", lambda gram: np.full(gram.shape[:-1], 1e-3))
     for garbage in (0.0, 1e-3, 1.0):
         monkeypatch.setattr(np.linalg, "cholesky", lambda shifted, value=garbage: np.full_like(shifted, value))
         _excess("gaussian", matrix, spectral_norm_upper(matrix).value)
@@ -197,12 +199,10 @@ def test_zero_and_empty() -> None:
     [
         (np.array([[1.0, np.nan]]), "NaN or infinite"),
         (np.array([[1.0, -np.inf]]), "NaN or infinite"),
-        (np.ones(3), "a real matrix"),
-        (np.ones((2, 2, 2)), "a real matrix"),
-        (np.ones((2, 2), dtype=np.int64), "a real matrix"),
-        (np.ones((2, 2), dtype=np.complex128), "a real matrix"),
+        (np.ones(3), "a spectral norm needs a matrix"),
+        (np.ones((2, 2), dtype=np.int64), "a spectral norm needs a matrix"),
         (np.ones((2, 2), dtype=np.longdouble), "64-bit floats"),
-        (np.ones((2, 2), dtype=bool), "a real matrix"),
+        (np.ones((2, 2), dtype=bool), "a spectral norm needs a matrix"),
     ],
 )
 def test_refusals(matrix: Array, message: str) -> None:
@@ -228,3 +228,140 @@ def test_large_matrices_are_tight() -> None:
     for matrix, tolerance in ((gaussian, 1e-10), (np.abs(orthogonal), 1e-10), (orthogonal, 1e-6)):
         sigma = float(np.linalg.svd(matrix.astype(np.float64), compute_uv=False)[0])
         assert -1e-13 < spectral_norm_upper(matrix).value / sigma - 1.0 < tolerance
+
+
+_STACKS: dict[str, Draw] = {
+    "heads": lambda rng: rng.standard_normal((3, 2, 5)),
+    "tall": lambda rng: rng.standard_normal((2, 5, 3)).astype(np.float32),
+    "two axes": lambda rng: rng.standard_normal((2, 2, 3, 4)),
+    "one hot": lambda rng: rng.standard_normal((4, 3, 3)) * np.array([1e-3, 1e3, 1.0, 0.0])[:, None, None],
+    "repeated": lambda rng: np.repeat(rng.standard_normal((1, 4, 4)), 3, axis=0),
+    "orthogonal": lambda rng: np.stack([_orthogonal(rng, 4, 6) for _ in range(3)]),
+    "orthogonal of other scale": lambda rng: np.stack([c * _orthogonal(rng, 4, 6) for c in (1.0, 0.3, 1.0 + 1e-8)]),
+    "huge": lambda rng: 1e200 * rng.standard_normal((2, 3, 4)),
+    "none": lambda rng: np.zeros((0, 3, 3)),
+}
+_COMPLEX: dict[str, Draw] = {
+    "gaussian": lambda rng: _complex(rng, 4, 5),
+    "single": lambda rng: _complex(rng, 4, 4).astype(np.complex64),
+    "tall": lambda rng: _complex(rng, 6, 3),
+    "row": lambda rng: _complex(rng, 1, 7),
+    "rank one": lambda rng: _complex(rng, 5, 1) @ _complex(rng, 1, 4),
+    "unitary": lambda rng: np.linalg.qr(_complex(rng, 5, 5))[0],
+    "real": lambda rng: rng.standard_normal((4, 4)).astype(np.complex128),
+    "imaginary": lambda rng: 1j * rng.standard_normal((4, 4)),
+    "graded": lambda rng: np.diag(10.0 ** -np.arange(0.0, 60.0, 10.0)) @ _complex(rng, 6, 6),
+    "huge": lambda rng: 1e160 * _complex(rng, 3, 4),
+    "subnormal": lambda rng: (rng.integers(-9, 10, (3, 3)) + 1j * rng.integers(-9, 10, (3, 3))) * 2.0**-1074,
+}
+
+
+def _complex(rng: np.random.Generator, rows: int, columns: int) -> Array:
+    return rng.standard_normal((rows, columns)) + 1j * rng.standard_normal((rows, columns))
+
+
+@pytest.mark.parametrize("seed", _SEEDS)
+@pytest.mark.parametrize("name", _STACKS)
+def test_a_stack_has_the_largest_norm(name: str, seed: int) -> None:
+    stack = _STACKS[name](np.random.default_rng(seed))
+    bound = spectral_norm_upper(stack)
+    exact = max((exact_norm(matrix) for matrix in stack.reshape(-1, *stack.shape[-2:])), default=mpmath.mpf(0))
+    assert exact <= bound.value <= exact * (1 + (1e-6 if bound.method == "near_orthogonal" else 1e-10))
+    assert spectral_norm_upper(stack, witness=bound.witness) == bound
+
+
+@pytest.mark.parametrize("seed", _SEEDS)
+@pytest.mark.parametrize("name", _COMPLEX)
+def test_complex_matrices(name: str, seed: int) -> None:
+    """The norm is that of the real matrix [[Re, -Im], [Im, Re]]."""
+    matrix = _COMPLEX[name](np.random.default_rng(seed))
+    real = np.block([[matrix.real, -matrix.imag], [matrix.imag, matrix.real]])
+    bound = spectral_norm_upper(matrix)
+    tolerance = 1e-6 if bound.method == "near_orthogonal" else 1.0 if bound.value < 1e-320 else 1e-10
+    assert _excess(name, real, bound.value) <= tolerance
+    assert spectral_norm_upper(matrix, witness=bound.witness) == bound
+    for same in (matrix.conj().T, matrix.T, 1j * matrix):
+        _excess(name, real, spectral_norm_upper(same).value)
+
+
+@pytest.mark.parametrize("name", _ADVERSARIAL)
+def test_the_slack_says_how_far_the_bound_may_be(name: str) -> None:
+    matrix = _matrix(name, 0)
+    bound = spectral_norm_upper(matrix)
+    assert bound.slack is not None and -1e-9 <= bound.slack <= (1.0 if bound.value < 1e-320 else 1e-6)
+    if bound.witness is not None:
+        assert spectral_norm_upper(matrix, witness=bound.witness).slack is None  # nothing was estimated
+
+
+def test_a_witness_needs_no_eigenvalues(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_eigenvalues(gram: Array) -> Array:
+        raise AssertionError("a witness makes eigenvalues needless")
+
+    matrix = _matrix("gaussian", 0)
+    bound = spectral_norm_upper(matrix)
+    monkeypatch.setattr(np.linalg, "eigvalsh", no_eigenvalues)
+    assert spectral_norm_upper(matrix, witness=bound.witness) == bound
+
+
+def _below_without(small: float, count: int, products_err: bool, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the bound is below the norm of a row whose computed sum of squares lacks what each small entry adds to
+    2^52, with the least witness that its factorisation allows.
+    """
+    row = np.full((1, count), small)
+    row[0, 0] = 2.0**26
+    gram = float((row[None] @ row[None].swapaxes(1, 2)).item())
+    with monkeypatch.context() as patch:
+        if not products_err:
+            patch.setattr(spectral, "_dot", lambda count, like: 0.0)
+        value = spectral_norm_upper(row, witness=gram * (1.0 + 4.0 * U)).value
+    return Fraction(value) ** 2 < Fraction(2) ** 52 + (count - 1) * Fraction(small) ** 2
+
+
+def test_without_the_error_of_products_the_bound_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [(small, count) for small in (0.3, 0.45, 0.6, 0.7) for count in (1_000, 100_000)]
+    assert not any(_below_without(*row, True, monkeypatch) for row in rows)
+    assert any(_below_without(*row, False, monkeypatch) for row in rows)
+
+
+def test_without_the_residual_the_bound_would_be_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrix = _matrix("gaussian", 0)
+    exact = exact_norm(matrix)
+    monkeypatch.setattr(np.linalg, "cholesky", lambda shifted: np.zeros_like(shifted))
+    assert spectral_norm_upper(matrix, witness=0.5).value >= exact
+    monkeypatch.setattr(np.linalg, "norm", lambda *arguments, **options: np.zeros(1))
+    assert spectral_norm_upper(matrix, witness=0.5).value < exact
+
+
+def test_the_lower_half_of_the_residual_counts_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With L = 0 the residual is the matrix of ones itself, whose norm is more than that of its lower block half."""
+    monkeypatch.setattr(np.linalg, "cholesky", lambda shifted: np.zeros_like(shifted))
+    value = spectral.any_l(np.ones((1, 64, 64)), 1e-6, 0.0)
+    assert value is not None and value >= 64.0 > value / math.sqrt(2.0)
+
+
+class Wrong(np.ndarray):
+    """An array whose products are wrong in the eighth digit."""
+
+    def __matmul__(self, other: Array) -> Array:
+        return np.asarray(self) @ np.asarray(other) * (1.0 + 1e-8)
+
+
+def test_wrong_products_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both products meet plain sums: A A*, and L L* beside mu I - A A*."""
+    a = np.random.default_rng(0).standard_normal((1, 60, 90))
+    assert spectral._best_squared(a, None)[1] == "cholesky"
+    with pytest.raises(KernelError, match="plain sums"):
+        spectral._best_squared(a.view(Wrong), None)
+    gram = a @ a.swapaxes(1, 2)
+    mu = 1.01 * float(np.linalg.eigvalsh(gram).max())
+    assert spectral.any_l(gram, mu, 0.0) is not None
+    lie = np.linalg.cholesky(mu * np.eye(60) - gram) * (1.0 + 1e-8)
+    monkeypatch.setattr(np.linalg, "norm", _norm_of_small_residuals(np.linalg.norm))
+    monkeypatch.setattr(np.linalg, "cholesky", lambda shifted: lie)
+    with pytest.raises(KernelError, match="plain sums"):
+        spectral.any_l(gram, mu, 0.0)
+
+
+def _norm_of_small_residuals(norm: Callable[..., Array]) -> Callable[..., Array]:
+    """As if the residual of a wrong L L* had been computed as nothing, which a wrong product can do."""
+    return lambda values, axis=None: np.zeros(1) if axis == (1, 2) else norm(values)

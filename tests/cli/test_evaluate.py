@@ -24,7 +24,11 @@ def test_json_and_card(call: Call, folder: Path) -> None:
     ran = call("evaluate", folder, "--data.path", "digits", "--radii", "0,36/255", "--json")
     assert ran.status == 0
     value = ran.value
-    assert set(value) == {"ok", "folder", "data", "evaluation", "attacks", "verification"}
+    assert set(value) == {"ok", "folder", "data", "evaluation", "attacks", "lower_estimates", "verification"}
+    for output, found in value["lower_estimates"].items():
+        key = {"logits": "bound", "features": "bound_features"}[output]
+        bound = float.fromhex(value["verification"][key]["value"])
+        assert 0.0 < found["value"] <= bound and found["gap"] == pytest.approx(bound / found["value"])
     assert value["ok"] and value["verification"]["ok"] and value["attacks"] is None
     assert value["data"] == {"path": "digits", "split": "test"}
     evaluation = value["evaluation"]
@@ -33,20 +37,23 @@ def test_json_and_card(call: Call, folder: Path) -> None:
     assert evaluation["clean_accuracy"] >= evaluation["certified"]["0.0"] >= evaluation["certified"][repr(36 / 255)]
     card = (folder / "README.md").read_text()
     assert percent(evaluation["clean_accuracy"]) in card and "certified at 36/255" in card
+    assert "How tight it is" in card
     assert (folder / "certified_accuracy.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_table(call: Call, folder: Path) -> None:
     ran = call("evaluate", folder, "--data.path", "digits", "--limit", "20", "--no-card", "--data.split", "train")
     assert ran.status == 0
+    assert "bound to the logits" in ran.out and "gap" in ran.out
     assert "20 images" in ran.out and "clean accuracy" in ran.out and "claim: exact network" in ran.out
     assert not (folder / "README.md").exists()
 
 
 def test_the_attack_fails_inside_and_succeeds_far_outside(call: Call, folder: Path) -> None:
-    ran = call("evaluate", folder, "--data.path", "digits", "--limit", "12", "--attack", "--json")
+    ran = call("evaluate", folder, "--data.path", "digits", "--limit", "12", "--attack", "--no-estimate", "--json")
     assert ran.status == 0
     attacks = ran.value["attacks"]
+    assert ran.value["lower_estimates"] is None
     assert [attacks[dtype]["changed"] for dtype in ("float32", "float64")] == [0, 0]
     assert all(attacks[dtype]["images"] == 12 and attacks[dtype]["steps"] == 50 for dtype in ("float32", "float64"))
     assert attacks["control"]["changed"] > 0

@@ -13,7 +13,7 @@ from hf_lipschitz.cli.main import app
 from tests.architecture import process
 from tests.cli.conftest import Call
 
-COMMANDS = ("demo", "train", "certify", "verify", "evaluate", "push")
+COMMANDS = ("demo", "train", "certify", "verify", "evaluate", "inspect", "push")
 _HEAVY = ("torch", "transformers", "huggingface_hub", "datasets", "matplotlib", "sklearn", "yaml")
 # The command line's own library with what it needs, and what the interpreter keeps outside its standard library.
 _TYPER = ("typer", "shellingham", "rich", "annotated_doc", "pydantic", "pydantic_core", "typing_extensions")

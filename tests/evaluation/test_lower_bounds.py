@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_lipschitz.evaluation.lower_bounds import lipschitz_lower_estimate
+from hf_lipschitz.evaluation.lower_bounds import classifier_estimates, lipschitz_lower_estimate
 
 ABOVE = 1e-9  # rounding of the test's own evaluation of the constant and of the ratio
 
@@ -127,9 +129,98 @@ def test_same_seed_same_estimate() -> None:
     assert first.value == second.value and torch.equal(first.direction, second.direction)
 
 
+@pytest.mark.parametrize("norm", ["l2", "token_max"])
+def test_the_batch_size_changes_nothing(norm: Any) -> None:
+    inputs = draw(3, 4, 8)
+    whole, parts = (
+        lipschitz_lower_estimate(F.gelu, inputs, norm=norm, steps=10, restarts=2, batch_size=size) for size in (64, 2)
+    )
+    assert whole.value == pytest.approx(parts.value, rel=1e-12) and whole.local == pytest.approx(parts.local)
+
+
+# A function that is steep outside [0, 1] only: what holds inside is not refuted by pairs outside.
+def steep_outside(x: Tensor) -> Tensor:
+    return 0.5 * x + 4.0 * (x - 1.0).clamp_min(0.0) + 4.0 * (-x).clamp_min(0.0)
+
+
+@pytest.mark.parametrize("norm", ["l2", "token_max"])
+def test_pairs_stay_within_the_interval(norm: Any) -> None:
+    pixels = torch.rand(2, 3, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    pixels[0] = pixels[0].round()  # on the edges of the interval
+    inside = lipschitz_lower_estimate(steep_outside, pixels, norm=norm, within=(0.0, 1.0))
+    assert inside.value == pytest.approx(0.5, rel=1e-6) and inside.value <= 0.5 * (1 + ABOVE)
+    for end in (inside.input, inside.input + inside.direction):
+        assert float(end.min()) >= -1e-15 and float(end.max()) <= 1.0 + 1e-15
+    outside = lipschitz_lower_estimate(steep_outside, pixels, norm=norm)
+    assert outside.value > 2.0  # the search would have found them
+
+
+def test_the_gap() -> None:
+    found = lipschitz_lower_estimate(lambda x: 2.0 * x, draw(1, 3), steps=2)
+    assert found.gap(3.0) == pytest.approx(1.5) and found.gap(1.9) < 1.0
+    nothing = lipschitz_lower_estimate(lambda x: 0.0 * x, draw(1, 3), steps=2)
+    assert nothing.gap(3.0) == math.inf
+
+
+class Classifier(nn.Module):
+    """Features that are twice the pixels, logits that are three times the features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_model = Body()
+        self.head = nn.Linear(4, 4, bias=False)
+        nn.init.eye_(self.head.weight)
+
+    def forward(self, pixel_values: Tensor) -> Any:
+        return SimpleNamespace(logits=3.0 * self.head(self.base_model(pixel_values).pooler_output))
+
+
+class Body(nn.Module):
+    def forward(self, pixel_values: Tensor) -> Any:
+        return SimpleNamespace(pooler_output=2.0 * pixel_values.flatten(1))
+
+
+class Alone(Body):
+    """A body as transformers has them: it is its own base model, and its logits are its features."""
+
+    @property
+    def base_model(self) -> Alone:
+        return self
+
+
+def test_logits_and_features_of_a_classifier() -> None:
+    pixels = torch.rand(2, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    found = classifier_estimates(Classifier(), pixels, steps=10, restarts=1)
+    assert {output: each.value for output, each in found.items()} == pytest.approx({"logits": 6.0, "features": 2.0})
+    assert all(float(each.input.min()) >= 0.0 and float(each.input.max()) <= 1.0 for each in found.values())
+    found = classifier_estimates(Alone(), pixels, steps=10, restarts=1)
+    assert found["logits"] is found["features"] and found["logits"].value == pytest.approx(2.0)
+
+
+def test_nothing_but_the_copy_is_touched() -> None:
+    """Neither gradients nor modes, nor the global random state."""
+    module = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.BatchNorm1d(8)).train()
+    module(draw(4, 8).float()).sum().backward()
+    module[1].eval()
+    grads = [parameter.grad.clone() for parameter in module.parameters()]
+    state = {name: value.clone() for name, value in module.state_dict().items()}
+    before = torch.get_rng_state()
+    lipschitz_lower_estimate(module, draw(4, 8).float(), steps=3, restarts=2)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(a, p.grad) for a, p in zip(grads, module.parameters(), strict=True))
+    assert all(torch.equal(value, state[name]) for name, value in module.state_dict().items())
+    assert [part.training for part in module] == [True, False, True] and module.training
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
-    [({"norm": "linf"}, "unknown norm"), ({"steps": 0}, "at least 1"), ({"inputs": torch.zeros(0, 3)}, "at least 1")],
+    [
+        ({"norm": "linf"}, "unknown norm"),
+        ({"steps": 0}, "at least 1"),
+        ({"batch_size": 0}, "at least 1"),
+        ({"inputs": torch.zeros(0, 3)}, "at least 1"),
+        ({"within": (1.0, 0.0)}, "lower and the upper end"),
+    ],
 )
 def test_bad_arguments_are_refused(options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
