@@ -1,48 +1,46 @@
-"""Copies of a checkpoint in fewer bits, certified from their own weights."""
+"""Copies of a checkpoint in fewer bits: the folder rewritten tensor by tensor, to be certified from its own weights."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from hf_lipschitz.errors import UserError
 
 CASTS = ("bfloat16", "float16", "int8")
+# What speaks of the original's weights alone, or of none: not taken over.
+_LEFT = ("README.md", "lipschitz_certificate.json", "trainer_state.json", "training_args.bin")
 
 
 def cast_checkpoint(folder: Path, dtype: str, output: Path) -> None:
-    """Write a copy of a checkpoint whose weights are rounded, with a certificate of its own.
+    """Write a copy of a checkpoint whose weights are rounded; it has no certificate yet.
 
     Args:
-        folder: a checkpoint of one of this package's models.
-        dtype: ``bfloat16`` or ``float16``: every floating tensor is stored in it. ``int8``: every matrix is rounded to
-            255 levels of its own scale a row (symmetric, round to nearest), vectors are left as they are; the values
-            are stored as float32, so that the copy loads like any other.
+        folder: a checkpoint with safetensors weights, sharded or not.
+        dtype: ``bfloat16`` or ``float16``: every floating tensor is stored in it. ``int8``: every tensor of two or more
+            dimensions is rounded to 255 levels of a scale of its own for each row (symmetric, to nearest), the others
+            are left as they are; the values are stored as float32, so that the copy loads like any other.
         output: a folder that does not exist yet, or is empty; nothing is left of it if writing fails.
 
     Raises:
-        UserError: an unknown dtype, an output folder that is in use, or values that the dtype does not hold.
+        UserError: an unknown dtype, no weights, an output folder that is in use, or values out of range of the dtype.
     """
-    from transformers import AutoModelForImageClassification
-
     if dtype not in CASTS:
         raise UserError(f"no cast is named {dtype!r}: choose {', '.join(CASTS)}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not an empty folder: choose another --output")
-    model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True).eval()
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            tensor.copy_(_rounded(name, tensor, dtype))
-    if dtype != "int8":
-        model = model.to(getattr(torch, dtype))
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in _LEFT)
+    if not any(path.suffix == ".safetensors" for path in files):
+        raise UserError(f"{folder} holds no safetensors weights: save the model with save_pretrained first")
     partial = output.with_name(f".{output.name}.partial")
     try:
-        model.save_pretrained(partial)
-        for extra in ("preprocessor_config.json",):
-            if (folder / extra).is_file():
-                shutil.copyfile(folder / extra, partial / extra)
+        partial.mkdir(parents=True)
+        for path in files:
+            _copy(path, partial / path.name, dtype)
         if output.exists():
             output.rmdir()
         partial.rename(output)
@@ -50,20 +48,37 @@ def cast_checkpoint(folder: Path, dtype: str, output: Path) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def _copy(path: Path, target: Path, dtype: str) -> None:
+    """One file of the folder: weights rounded, the dtype in the configuration changed, anything else as it is."""
+    if path.suffix == ".safetensors":
+        tensors = {name: _rounded(name, tensor, dtype) for name, tensor in load_file(path).items()}
+        save_file(tensors, target, metadata={"format": "pt"})
+        return
+    if path.name == "config.json":
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for key in ("dtype", "torch_dtype"):
+            if key in config:
+                config[key] = "float32" if dtype == "int8" else dtype
+        target.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        return
+    shutil.copyfile(path, target)
+
+
 def _rounded(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
-    """The values that the copy holds, in the dtype of the original."""
+    """The tensor as the copy stores it."""
     if not tensor.is_floating_point():
         return tensor
     if dtype == "int8":
-        return _row_quantized(tensor) if tensor.ndim >= 2 else tensor
+        wide = tensor.float()
+        return _row_quantized(wide) if tensor.ndim >= 2 else wide
     rounded = tensor.to(getattr(torch, dtype))
     if not torch.isfinite(rounded).all():
         raise UserError(f"tensor {name!r} holds values that {dtype} does not: cast to bfloat16 instead")
-    return rounded.to(tensor.dtype)
+    return rounded
 
 
 def _row_quantized(weight: torch.Tensor) -> torch.Tensor:
-    """Each row as a multiple, -127 to 127, of a 127th of its largest entry; the shape and dtype stay."""
+    """Each row as a multiple, -127 to 127, of a 127th of its largest entry; the shape stays."""
     rows = weight.flatten(1)
     scale = rows.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny) / 127.0
-    return ((rows / scale).round().clamp(-127, 127) * scale).view_as(weight)
+    return ((rows / scale).round().clamp(-127, 127) * scale).view_as(weight).contiguous()
