@@ -27,7 +27,7 @@ from hf_lipschitz.bounds.rule import Geometry, Rule
 from hf_lipschitz.bounds.rules.table import BUILT_IN
 from hf_lipschitz.bounds.weights import read_weights
 from hf_lipschitz.errors import UserError
-from hf_lipschitz.foreign import example, example_shape, is_timm, timm_model, transformers_model
+from hf_lipschitz.foreign import example, example_shape, is_timm, load_exactly, timm_model, transformers_model
 
 if TYPE_CHECKING:
     import torch
@@ -124,28 +124,42 @@ def _certify_folder(
         raise UserError(f"{folder} is not a folder: give the path of a saved checkpoint")
     weights = read_weights(folder)
     files = {**weights.digests, CONFIG: strict_json.sha256(strict_json.read_bytes(folder / CONFIG))}
-    model = foreign_model(folder, weights)
+    model = foreign_model(folder)
     if model is None:
         program = program_of_folder(folder)
     else:
-        given = example(example_shape(folder)) if example_input is None else example_input
-        program = _program_of_model(model, given, space)
+        program = _program_of_foreign(folder, model, weights, example_input, space)
     return make_certificate(program, weights, files, norm=norm, rules=rules)
 
 
-def foreign_model(folder: Path, weights: Mapping[str, Array]) -> torch.nn.Module | None:
-    """The float64 model of a folder whose class states no program, with exactly these weights; None for our own.
+def foreign_model(folder: Path) -> torch.nn.Module | None:
+    """The model that a folder's config describes, its weights not read; None for a class that states its program.
 
     Raises:
-        UserError: the config names no class that is installed, or the weights are not exactly the model's.
+        UserError: the config names no class that is installed, or it cannot be built.
     """
     if is_timm(folder):
-        return timm_model(folder, weights)
+        return timm_model(folder)
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     kind = model_class(config)
-    return None if hasattr(kind, "bound_program") else transformers_model(kind, config, weights)
+    return None if hasattr(kind, "bound_program") else transformers_model(kind, config)
+
+
+def _program_of_foreign(
+    folder: Path, model: torch.nn.Module, weights: Mapping[str, Array], example_input: torch.Tensor | None, space: Space
+) -> Program:
+    """The lowered program of a folder's model; an operation without rule is refused before a name that differs."""
+    from hf_lipschitz.lowering.lower import check_operations, lower
+
+    given = example(example_shape(folder)) if example_input is None else example_input
+    try:
+        load_exactly(model, weights)
+    except UserError:
+        check_operations(model, given)
+        raise
+    return lower(model, given, space=space)
 
 
 def _program_of_model(model: torch.nn.Module, example_input: torch.Tensor | None, space: Space) -> Program:

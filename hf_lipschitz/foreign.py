@@ -1,4 +1,4 @@
-"""Folders of other people's models: the model built locally from its config, with exactly the stored weights.
+"""Folders of other people's models: the model built locally from its config, and given exactly the stored weights.
 
 Two kinds: timm's (config.json with ``architecture`` and no model type of transformers) and transformers classes that
 state no bound program. Nothing is fetched, and no code of the folder is run: classes come from the installed packages.
@@ -31,12 +31,11 @@ def is_timm(folder: Path) -> bool:
     return "architecture" in config and config.get("model_type", "timm_wrapper") == "timm_wrapper"
 
 
-def timm_model(folder: Path, weights: Mapping[str, Array]) -> torch.nn.Module:
-    """The float64 timm model of a folder, in evaluation mode.
+def timm_model(folder: Path) -> torch.nn.Module:
+    """The timm model that a folder's config describes, its weights not read.
 
     Raises:
-        UserError: an architecture that the installed timm does not know, arguments that fetch something, or weights
-            that are not exactly the model's.
+        UserError: an architecture that the installed timm does not know, or arguments that fetch something.
     """
     import timm
 
@@ -48,12 +47,34 @@ def timm_model(folder: Path, weights: Mapping[str, Array]) -> torch.nn.Module:
     for key in arguments:
         if key.startswith(_FETCHING):
             raise UserError(f"{CONFIG}: the model argument {key!r} reads weights from elsewhere: remove it")
-    return _with_weights(lambda: timm.create_model(f"local-dir:{folder}", pretrained=False), weights)
+    return _built(lambda: timm.create_model(f"local-dir:{folder}", pretrained=False))
 
 
-def transformers_model(kind: Callable[[Any], Any], config: Any, weights: Mapping[str, Array]) -> torch.nn.Module:
-    """The float64 model of a transformers class, in evaluation mode, with exactly the stored weights."""
-    return _with_weights(lambda: kind(config), weights)
+def transformers_model(kind: Callable[[Any], Any], config: Any) -> torch.nn.Module:
+    """The model of a transformers class, its weights not read."""
+    return _built(lambda: kind(config))
+
+
+def load_exactly(model: torch.nn.Module, weights: Mapping[str, Array]) -> None:
+    """Turn a model into float64 and copy stored weights into it, name by name.
+
+    Raises:
+        UserError: a tensor of the model that is not stored, one stored that the model has not, or another shape.
+    """
+    import torch
+
+    state, kind = model.double().state_dict(), type(model).__name__
+    for name in sorted({*state, *weights}):
+        if name not in weights and not name.endswith(UNREAD_SUFFIXES):
+            raise UserError(f"tensor {name!r} of {kind} is not in the weights: save the model again")
+        if name not in state:
+            raise UserError(f"tensor {name!r} is stored, but {kind} has none: save its state dict under its own names")
+        if name in weights and tuple(state[name].shape) != weights[name].shape:
+            found = f"{weights[name].shape}, {kind} takes {tuple(state[name].shape)}"
+            raise UserError(f"tensor {name!r} has shape {found}: the config is of another model")
+    with torch.no_grad():
+        for name in {*state} & {*weights}:
+            state[name].copy_(torch.from_numpy(np.array(weights[name])))
 
 
 def example_shape(folder: Path) -> tuple[int, ...]:
@@ -83,24 +104,9 @@ def _config(folder: Path) -> dict[str, Any]:
     return strict_json.object_of(strict_json.parse(strict_json.read_bytes(folder / CONFIG), CONFIG), CONFIG)
 
 
-def _with_weights(build: Callable[[], Any], weights: Mapping[str, Array]) -> torch.nn.Module:
-    import torch
-
+def _built(build: Callable[[], Any]) -> torch.nn.Module:
     try:
-        model = build().double().eval()
+        return build().eval()
     except Exception as error:  # whatever a foreign constructor raises at what the folder's author wrote
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(f"the model cannot be built from {CONFIG} ({reason}): mend the config") from None
-    state = model.state_dict()
-    for name in sorted({*state, *weights}):
-        if name not in weights and not name.endswith(UNREAD_SUFFIXES):
-            raise UserError(f"tensor {name!r} of {type(model).__name__} is not in the weights: save the model again")
-        if name not in state:
-            raise UserError(f"tensor {name!r} is stored, but {type(model).__name__} has none: save the model again")
-        if name in weights and tuple(state[name].shape) != weights[name].shape:
-            found = f"{weights[name].shape}, {type(model).__name__} takes {tuple(state[name].shape)}"
-            raise UserError(f"tensor {name!r} has shape {found}: the config is of another model")
-    with torch.no_grad():
-        for name in {*state} & {*weights}:
-            state[name].copy_(torch.from_numpy(np.array(weights[name])))
-    return model

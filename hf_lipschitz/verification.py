@@ -22,6 +22,7 @@ from hf_lipschitz.bounds.certificate import FILE_NAME, Certificate
 from hf_lipschitz.bounds.check import Report, check_folder
 from hf_lipschitz.bounds.engine import evaluate_program
 from hf_lipschitz.bounds.errors import KernelError
+from hf_lipschitz.bounds.program import Program
 from hf_lipschitz.bounds.rule import Rule
 from hf_lipschitz.bounds.weights import Weights
 from hf_lipschitz.checkpoint_folder import findings
@@ -189,18 +190,18 @@ def _check_program(folder: Path, report: Report, rules: dict[str, Rule], state: 
         raise UserError(
             "torch and transformers are needed to check the claim 'program': pip install them, or use --require bound"
         ) from None
-    from hf_lipschitz.certify import program_of_folder
+    from hf_lipschitz.certify import foreign_model, program_of_folder
 
     certificate, weights = report.certificate, report.weights
     assert certificate is not None and weights is not None
     try:
+        foreign = foreign_model(folder)
+        if foreign is not None:
+            _check_foreign(foreign, certificate, weights, state)
+            return
         check_processor(folder)
         check_dtype(folder / "config.json", weights.dtypes)
-        rebuilt = program_of_folder(folder)
-        if rebuilt.canonical_bytes() != certificate.program.canonical_bytes():
-            raise KernelError(
-                f"the program is not the one that the class and config.json give: {_difference(rebuilt, certificate)}"
-            )
+        _check_equal(program_of_folder(folder), certificate)
         shape = tuple(certificate.program.nodes[0].attrs["shape"])
         if math.prod(shape) > MAX_ENTRIES:
             raise KernelError(f"not executed: an input of shape {shape} is larger than {MAX_ENTRIES} entries")
@@ -222,6 +223,29 @@ def _check_program(folder: Path, report: Report, rules: dict[str, Rule], state: 
         state.claims["program"] = "ok"
         if certificate.program.outputs["features"] == certificate.program.outputs["logits"]:
             state.notes.append("a model without head: a class with one adds weights that nothing here covers")
+
+
+def _check_foreign(model: Any, certificate: Certificate, weights: Weights, state: _State) -> None:
+    """Trace another library's model again, with these weights, which also executes it beside the traced program."""
+    from hf_lipschitz.foreign import example, load_exactly
+    from hf_lipschitz.lowering.lower import lower
+
+    stated = certificate.program.nodes[0].attrs
+    load_exactly(model, weights)
+    _check_equal(lower(model, example(stated["shape"]), space=stated["space"]), certificate)
+    state.claims["program"] = "ok"
+    kind = type(model)
+    state.notes.append(
+        f"the program was traced from {kind.__module__}.{kind.__qualname__} as installed here, for inputs of shape "
+        f"{tuple(stated['shape'])}; what processes images before it is not covered"
+    )
+
+
+def _check_equal(rebuilt: Program, certificate: Certificate) -> None:
+    if rebuilt.canonical_bytes() != certificate.program.canonical_bytes():
+        raise KernelError(
+            f"the program is not the one that the class and config.json give: {_difference(rebuilt, certificate)}"
+        )
 
 
 def _model_outputs(folder: Path, images: np.ndarray, weights: Weights) -> dict[str, np.ndarray]:

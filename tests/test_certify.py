@@ -123,8 +123,8 @@ _REFUSED: list[tuple[str, Callable[[Path], Any], str]] = [
     ("another class", lambda f: _config(f, model_type="vit"), "no registered class is named 'LipViTForImageClass"),
     (
         "a class without program",
-        lambda f: _config(f, model_type="vit", architectures=["ViTModel"]),
-        "tensor 'classifier.bias' is stored, but ViTModel has none",
+        lambda f: _config(f, model_type="vit", architectures=["ViTForImageClassification"]),
+        "scaled_dot_product_attention cannot be certified",
     ),
     ("zero weights", lambda f: _edit(f, lambda t: [v.zero_() for v in t.values()]), "the bound is zero or infinite"),
 ]

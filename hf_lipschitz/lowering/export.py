@@ -80,7 +80,7 @@ def export(model: nn.Module, example: torch.Tensor) -> Exported:
     """
     _check_example(example)
     _check_modules(model)
-    wrapped = _OneTensor(_double(model))
+    wrapped = prepared(model)
     inputs = example.detach().to(device="cpu", dtype=torch.float64)[:1]
     inputs = inputs.expand(BATCH, *inputs.shape[1:]).clone()
     try:
@@ -93,6 +93,11 @@ def export(model: nn.Module, example: torch.Tensor) -> Exported:
     except Exception as error:  # whatever a foreign forward raises
         raise LoweringError(_untraceable(wrapped, error)) from None
     return _read(wrapped, program)
+
+
+def prepared(model: nn.Module) -> nn.Module:
+    """A float64 copy in evaluation mode that answers with one tensor."""
+    return _OneTensor(_double(model))
 
 
 def _check_example(example: Any) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 from hf_lipschitz.bounds.program import Program
 from hf_lipschitz.lowering.agreement import check_agreement
 from hf_lipschitz.lowering.builder import Builder, name_of
-from hf_lipschitz.lowering.export import BATCH, ROOT, Exported, export
+from hf_lipschitz.lowering.export import BATCH, ROOT, Exported, export, prepared
 from hf_lipschitz.lowering.folding import fold
 from hf_lipschitz.lowering.operations import OPERATIONS
 from hf_lipschitz.lowering.refusal import LoweringError, place, unknown
@@ -48,6 +48,16 @@ def lower(model: nn.Module, example_input: torch.Tensor, *, space: Space = "mode
     program = _program(exported, space)
     check_agreement(program, exported.model, space)
     return program
+
+
+def check_operations(model: nn.Module, example_input: torch.Tensor) -> None:
+    """Refuse a model with operations that have no rule, as ``lower`` does, whatever its weights."""
+    _check_operations(export(model, example_input))
+
+
+def check_program(program: Program, model: nn.Module, *, space: Space = "model_input") -> None:
+    """Execute a claimed program beside a model that states none; LoweringError if they differ (tested, not proved)."""
+    check_agreement(program, prepared(model), space)
 
 
 def _program(exported: Exported, space: Space) -> Program:

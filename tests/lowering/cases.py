@@ -166,7 +166,7 @@ LOWERED: tuple[Lowered, ...] = (
     _layers("channels", nn.Conv2d(3, 4, 3), nn.PReLU(4), shape=(3, 5, 5), prelu=1, reshape=0),
     _layers("tokens", nn.Linear(3, 4), nn.PReLU(5), shape=(5, 3), prelu=1, reshape=0),
     _layers("unflattened", nn.Unflatten(1, (2, 3)), nn.Linear(3, 4), nn.Flatten(), shape=(6,), linear=1),
-    _written("batch norm alone", lambda x: F.relu(x) + x, (3, 4)),
+    _written("residual", lambda x: F.relu(x) + x, (3, 4), relu=1, add=1),
     _written("scalars", lambda x, a, b: (a * x - 0.5 * x) / 2 - x / b.exp() + (1 - a.sigmoid()) * -x, (4, 5), (1,), ()),
     _written("offset of channels", lambda x, a: x - a, (4, 5), (5,), offset=1),
     _written("offset of tokens", lambda x, a: a.unsqueeze(-1) + x, (4, 5), (4,), offset=1),

@@ -16,8 +16,7 @@ from hf_lipschitz.bounds.program import Node, Program
 from hf_lipschitz.bounds.rule import Geometry
 from hf_lipschitz.bounds.rules.table import BUILT_IN
 from hf_lipschitz.certify import state_arrays
-from hf_lipschitz.lowering.agreement import check_agreement
-from hf_lipschitz.lowering.lower import lower
+from hf_lipschitz.lowering.lower import check_program, lower
 from hf_lipschitz.lowering.refusal import LoweringError
 from tests.lowering.cases import LOWERED, REFUSED, Answer, Lowered, Refused, Written, tiny_resnet
 
@@ -157,23 +156,18 @@ def test_a_conv_and_its_norm_stay_apart_where_both_are_read() -> None:
     assert counts["convolution@1"] == counts["batch_norm@1"] == 1 and not counts["convolution_batch_norm@1"]
 
 
-def test_another_program_is_refused() -> None:
+@pytest.mark.parametrize("space", ["model_input", "pixels[0,1]"])
+def test_another_program_is_refused(space: Any) -> None:
     """The check by execution can fail: a program that scales by a hundredth more."""
-    model = Written(lambda x, a: a * x, (1,)).double().eval()
-    wrapped = nn.ModuleDict({"model": model})
-    wrapped.forward = lambda x: model(x)  # type: ignore[method-assign]
-    factor: Any = ["tensor", "parts.0"]
-    for scalar, fits in ((factor, True), (["mul", factor, 1.01], False)):
-        nodes = (
-            Node("input@1", (), {"shape": [4], "space": "model_input"}),
-            Node("scale@1", (0,), {}, {}, {"factor": scalar}),
-        )
-        program = Program(nodes, {"features": 1, "logits": 1})
-        if fits:
-            check_agreement(program, wrapped, "model_input")
-        else:
-            with pytest.raises(LoweringError, match=r"the answers of the program differ from the model's by 0\.0"):
-                check_agreement(program, wrapped, "model_input")
+    model, factor = Written(lambda x, a: a * x, (1,)), ["tensor", "parts.0"]
+
+    def scaled(scalar: Any) -> Program:
+        nodes = (Node("input@1", (), {"shape": [4], "space": space}), Node("scale@1", (0,), {}, {}, {"factor": scalar}))
+        return Program(nodes, {"features": 1, "logits": 1})
+
+    check_program(scaled(factor), model, space=space)
+    with pytest.raises(LoweringError, match=r"the answers of the program differ from the model's by 0\.0"):
+        check_program(scaled(["mul", factor, 1.01]), model, space=space)
 
 
 def test_answers_that_depend_on_the_rest_of_the_batch_are_refused() -> None:
@@ -183,7 +177,7 @@ def test_answers_that_depend_on_the_rest_of_the_batch_are_refused() -> None:
 
     nodes = (Node("input@1", (), {"shape": [4], "space": "model_input"}), Node("scale@1", (0,), {}, {}, {"factor": 3}))
     with pytest.raises(LoweringError, match="for one sample without the rest of a batch"):
-        check_agreement(Program(nodes, {"features": 1, "logits": 1}), Alone(), "model_input")
+        check_program(Program(nodes, {"features": 1, "logits": 1}), Alone())
     with pytest.raises(LoweringError, match="the answers of the program differ"):
         lower(Alone(), torch.zeros(1, 4))
 
