@@ -146,11 +146,12 @@ class _Read:
 def _program(folder: Path, weights: Weights) -> tuple[Program, str]:
     """The program of a folder without certificate: as its class states it, or traced from another one's forward."""
     from hf_lipschitz.certify import foreign_model, program_of_folder
-    from hf_lipschitz.foreign import example, example_shape
+    from hf_lipschitz.foreign import example, example_shape, load_exactly
 
-    model = foreign_model(folder, weights)
+    model = foreign_model(folder)
     if model is None:
         return program_of_folder(folder), "class and config"
+    load_exactly(model, weights)
     from hf_lipschitz.lowering.lower import lower
 
     return lower(model, example(example_shape(folder))), "traced model"
@@ -172,14 +173,16 @@ def _estimate(folder: Path, read: _Read, trace: Trace) -> dict[str, LowerEstimat
 
     from hf_lipschitz.certify import foreign_model, model_class
     from hf_lipschitz.cli.estimating import IMAGES, search, search_logits
+    from hf_lipschitz.foreign import load_exactly
 
     if trace.origin == "embeddings":
         raise UserError("--estimate needs inputs to search, and this program starts at embeddings: leave it out")
     pixels = trace.origin == "pixels[0,1]"
     shape = next(step.shape for step in trace.steps if not step.inputs)
     inputs = (torch.rand if pixels else torch.randn)(IMAGES, *shape, generator=torch.Generator().manual_seed(0))
-    foreign = foreign_model(folder, read.weights)
+    foreign = foreign_model(folder)
     if foreign is not None:
+        load_exactly(foreign, read.weights)
         return {"logits": search_logits(foreign, inputs, trace.geometry, pixels=pixels)}
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     model = model_class(config).from_pretrained(folder, config=config, local_files_only=True, use_safetensors=True)

@@ -30,8 +30,8 @@ class SinkhornAttention(BoundedAttention):
     since S + 1 - t <= 2 (1 - t^2) / t there.)
 
     The certificate speaks of the converged scaling. In evaluation mode the iteration ends when every column sum lies
-    within 32 machine epsilons of 1, or after 64 rounds; in training mode, and in compiled graphs, the number of rounds
-    is fixed (8 and 64). Inputs are never masked: padding has to be taken out of the sequence.
+    within 32 machine epsilons of 1, or after 64 rounds; in training mode, and in compiled graphs or under torch.func,
+    the number of rounds is fixed (8 and 64). Inputs are never masked: padding has to be taken out of the sequence.
     """
 
     def forward(
@@ -78,12 +78,12 @@ def sinkhorn(scores: torch.Tensor, iterations: int, until_close: bool = False) -
     Args:
         scores: any floating-point dtype; computed in float32 at least.
         iterations: rounds of one row and one column step, at least 1.
-        until_close: end as soon as all column sums are 1 up to rounding (not in a compiled graph).
+        until_close: end as soon as all column sums are 1 up to rounding (not in a compiled graph or under torch.func).
 
     Returns:
         Weights like ``scores``; every row sums to one, columns do as far as the iteration got.
     """
-    check = until_close and not torch.compiler.is_compiling()
+    check = until_close and not torch.compiler.is_compiling() and not _is_transformed()
     with torch.autocast(scores.device.type, enabled=False):
         wide = scores if scores.dtype == torch.float64 else scores.float()
         kernel = (wide - wide.detach().amax(dim=-1, keepdim=True)).clamp_min(-_SPREAD).exp()
@@ -96,3 +96,8 @@ def sinkhorn(scores: torch.Tensor, iterations: int, until_close: bool = False) -
                 return rows * kernel * columns.transpose(-2, -1)
             columns = 1.0 / mass
         return (kernel * columns.transpose(-2, -1)) / (kernel @ columns)
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func runs this forward: values of a batch under vmap cannot be looked at."""
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]

@@ -56,6 +56,14 @@ _FIRST = (
     ),
     Row("token offset", "offset@1", ((3, 4),), {"axis": "token", "negative": True}, vectors={"offset": (3,)}),
     Row("image offset", "offset@1", ((3, 2, 2),), {"axis": "channel", "negative": False}, vectors={"offset": (3,)}),
+    Row("stored position", "offset@1", ((3, 4),), {"axis": "entry", "negative": False}, vectors={"offset": (1, 3, 4)}),
+    Row(
+        "stored shift",
+        "offset@1",
+        ((3, 2, 2),),
+        {"axis": "channel", "negative": True},
+        vectors={"offset": (1, 3, 1, 1)},
+    ),
     Row("offset of entries", "offset@1", ((3, 4),), {"axis": "entry", "negative": False}, vectors={"offset": (3, 4)}),
     Row(
         "offset of an image",

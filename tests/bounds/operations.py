@@ -80,7 +80,7 @@ def _shift(attrs: Mapping[str, Any], tensors: Tensors, scalars: Tensors, xs: lis
 
 
 def _offset(attrs: Mapping[str, Any], tensors: Tensors, scalars: Tensors, xs: list[Tensor]) -> Tensor:
-    offset = tensors["offset"]
+    offset = tensors["offset"].reshape(xs[0].shape[1:]) if attrs["axis"] == "entry" else tensors["offset"].flatten()
     if attrs["axis"] == "token":
         offset = offset[:, None]
     elif attrs["axis"] == "channel" and xs[0].ndim == 4:

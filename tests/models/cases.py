@@ -30,6 +30,7 @@ FORMS: dict[str, dict[str, Any]] = {
         **_TINY,
         **_STAGES[shape],
         "token_mixer": mixer,
+        "attention_normalization": "softmax",
         "activation": activation,
         "pooling": pooling,
     }

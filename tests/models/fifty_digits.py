@@ -105,6 +105,20 @@ def _attention(call: Call, scalars: Mapping[str, Array], x: Array) -> Array:
     return np.concatenate(outputs, axis=-1)
 
 
+def _sinkhorn(call: Call, scalars: Mapping[str, Array], x: Array) -> Array:
+    heads, outputs = call.attrs["heads"], []
+    tau, radius = (np.broadcast_to(scalars[slot], (heads,)) for slot in ("temperature", "radius"))
+    for h in range(heads):
+        q, k, v = (x.dot(np.split(call.tensors[slot], heads)[h].T) for slot in ("query", "key", "value"))
+        q, k, v = _ball(q, mpmath.mpf(1)), _ball(k, mpmath.mpf(1)), _ball(v, radius[h])
+        weights = _exp(np.stack([a.dot(b.T) for a, b in zip(q, k, strict=True)]) * tau[h])
+        for _ in range(120):  # rows last
+            weights = weights / weights.sum(axis=-2, keepdims=True)
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+        outputs.append(np.stack([a.dot(b) for a, b in zip(weights, v, strict=True)]))
+    return np.concatenate(outputs, axis=-1)
+
+
 def _ball(x: Array, radius: Any) -> Array:
     norm = _sqrt((x * x).sum(axis=-1, keepdims=True))
     return x * np.minimum(mpmath.mpf(1), radius / np.maximum(norm, mpmath.mpf(10) ** -300))
@@ -118,4 +132,5 @@ _MEANINGS: dict[str, Callable[..., Array]] = {
     "l2_pool@1": _l2_pool,
     "sum_pool@1": _sum_pool,
     "softmax_attention@1": _attention,
+    "sinkhorn_attention@1": _sinkhorn,
 }

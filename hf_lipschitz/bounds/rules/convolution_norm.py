@@ -19,7 +19,8 @@ with one tap needs no search: intervals of the other axis take the place of diam
 that fail) raise mu while it is sought; a witness is a mu for which nothing need be sought. What was discarded with a
 smaller mu stays discarded. Kernels are real, M(-theta) is the conjugate of M(theta): theta_2 in [0, pi] is enough.
 
-If the cells become too many, mu is raised to what the last level allows, and the excess is that level's. Flat spectra,
+If the cells become too many, mu is raised to what the last level allows, and the excess is that level's. Kernels so
+wide that a second level would be too many (300 channels) have one level, as fine as may be: 2 % at 512. Flat spectra,
 which would need that, have another proof: S^2 <= lambda_max(R_0) + 2 sum_{d > 0} ||R_d||_F with the matrices below,
 d > 0 one of each pair +-d. R_0 is the mean of M M* over all theta, so that S^2 >= lambda_max(R_0): where the sum is
 small (orthogonal convolutions) this is as tight.
@@ -48,6 +49,7 @@ _EXCESS = 1e-4  # how far mu is put above the largest eigenvalue found, half of 
 _MARGIN = 1e-6  # how far below what is to be proved a factorisation is tried
 _CHUNK = 2**21  # entries of Gram matrices computed together
 _CELLS, _FINEST = 512, 2.0**-9  # give up at that many cells a tap, or at that angle
+_WORK = 2**38  # or at cells whose factorisations multiply that often: 256 cells of 512 channels
 
 
 def convolution_norm_upper(
@@ -177,25 +179,29 @@ def _proved(symbol: _Symbol, mu: float, search: bool) -> tuple[float, float] | N
     fails.
     """
     nu, many, top = (max(symbol.taps) - 1) / 2.0, np.array(symbol.taps) > 1, 0.0
-    n, pieces = 2 ** math.ceil(math.log2(8 * nu)), 3
-    size, budget = max(1, _CHUNK // math.prod(symbol.shape)), _CELLS * math.prod(symbol.taps)
+    n, pieces, size = 2 ** math.ceil(math.log2(8 * nu)), 3, max(1, _CHUNK // math.prod(symbol.shape))
+    budget = min(_CELLS * math.prod(symbol.taps), _WORK // (math.prod(symbol.shape) * symbol.shape[1] * 8))
+    single = bool(many.all()) and n * (n + 1) * pieces**2 > budget
+    n = max(math.ceil(4 * nu), math.isqrt(budget)) if single else n
     points = np.argwhere(np.indices((2 * n, n + 1)).sum(axis=0) % 2 == 0)
     points = points[np.all(points[:, ~many] == 0, axis=1)]  # no axis but those with several taps is searched
     while len(points) <= 2 * budget and math.pi * nu / n > _FINEST:
-        cosine2, failed = math.cos(math.pi * nu / n * (1.0 + 1e-15)) ** 2 * (1.0 - 1e-14), list[Array]()
+        cosine2, failed = math.cos(math.pi * nu / n * (1.0 + 1e-15)) ** 2 * (1.0 - 1e-14), list[tuple[Array, bool]]()
         for start in range(0, len(points), size):
             chunk = points[start : start + size]
             for point, gram in zip(chunk, symbol.gram(chunk, n), strict=True):
-                if not _below(gram, mu * cosine2, symbol.error):
-                    failed.append(point)
-                    if search and not _below(gram, mu / (1.0 + _EXCESS / 2.0), symbol.error):
+                if (single and search) or not _below(gram, mu * cosine2, symbol.error):
+                    low = search and _below(gram, mu / (1.0 + _EXCESS / 2.0), symbol.error)
+                    failed.append((point, low))
+                    if search and not low:
                         top = max(top, float(np.linalg.eigvalsh(gram).max()))
                         mu = max(mu, top * (1.0 + _EXCESS))
+        if search and (single or len(failed) * pieces**2 > budget):
+            mu, pieces, single = mu / cosine2 * (1.0 + 2.0 * _MARGIN), 1, False
+            failed = [(point, low) for point, low in failed if not low]  # what is below the old mu is below mu cos^2
         if not failed:
             return mu, top
-        if search and len(failed) * pieces**2 > budget:
-            mu, pieces = mu / cosine2 * (1.0 + 2.0 * _MARGIN), 1
-        points = (pieces * np.array(failed)[:, None] + _moves(pieces, many)).reshape(-1, 2)
+        points = (pieces * np.array([point for point, _ in failed])[:, None] + _moves(pieces, many)).reshape(-1, 2)
         n, pieces = n * pieces, 2
     return None
 

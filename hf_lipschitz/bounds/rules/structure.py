@@ -174,7 +174,10 @@ class Offset(Rule):
         shape, given, axis = call.shapes[0], call.tensors["offset"].shape, call.attrs["axis"]
         need(axis != "token" or len(shape) == 2, f"an offset along the token axis does not fit sample shape {shape}")
         expected = {"channel": (width_of(shape),), "token": (shape[0],), "entry": shape}[axis]
-        need(given == expected, f"tensor {call.names['offset']!r} has shape {given}, expected {expected}")
+        fits = tuple(n for n in given if n > 1) == tuple(
+            n for n in expected if n > 1
+        )  # such as (1, N, d) or (1, C, 1, 1)
+        need(fits, f"tensor {call.names['offset']!r} has shape {given}, expected {expected}")
         return shape
 
     def apply(self, call: Call, *values: Array) -> Array:
@@ -183,9 +186,10 @@ class Offset(Rule):
 
     def _spread(self, call: Call) -> Array:
         """The offset, ready to broadcast over the sample."""
-        columns = call.attrs["axis"] == "token" or (call.attrs["axis"] == "channel" and len(call.shapes[0]) == 3)
-        offset = call.tensors["offset"]
-        return offset.reshape(-1, *[1] * (len(call.shapes[0]) - 1)) if columns else offset
+        axis, shape = call.attrs["axis"], call.shapes[0]
+        columns = axis == "token" or (axis == "channel" and len(shape) == 3)
+        wanted = (-1, *[1] * (len(shape) - 1)) if columns else shape if axis == "entry" else (-1,)
+        return call.tensors["offset"].reshape(wanted)
 
     def gains(self, call: Call, geometry: Geometry) -> tuple[float, ...]:
         return (1.0,)
@@ -196,7 +200,7 @@ class Offset(Rule):
         if axis == "channel":
             return Size(norm, mul_up(sqrt_up(float(tokens_of(shape))), norm))
         if axis == "entry":
-            return Size(max(map(array_norm_up, offset)) if len(shape) == 2 else norm, norm)
+            return Size(max(map(array_norm_up, self._spread(call))) if len(shape) == 2 else norm, norm)
         width = sqrt_up(float(width_of(shape)))
         return Size(mul_up(width, float(np.max(np.abs(offset)))), mul_up(width, norm))
 

@@ -70,7 +70,7 @@ class LipViTConfig(PreTrainedConfig):
     stages: list[dict[str, int]] | None = None
     token_mixer: str = "shift"
     num_attention_heads: int = 4
-    attention_normalization: str = "softmax"
+    attention_normalization: str = "sinkhorn"
     shift_fraction: float | int = 0.0625
     activation: str = "maxmin"
     abs_fraction: float | int = 0.75
