@@ -20,7 +20,7 @@ from hf_lipschitz.bounds.engine import ProgramBound, bound_program
 from hf_lipschitz.bounds.errors import KernelError
 from hf_lipschitz.bounds.program import Node, Program
 from hf_lipschitz.bounds.rounding import Array, log10_of
-from hf_lipschitz.bounds.rule import Call, Geometry, Rule, Shape, Size
+from hf_lipschitz.bounds.rule import Call, Geometry, NormTable, Rule, Shape, Size
 from hf_lipschitz.bounds.spectral import NormBound
 from hf_lipschitz.trace_tree import Again, Block, Item, Path, layout
 
@@ -209,11 +209,12 @@ def trace_program(
     *,
     geometry: Geometry = "l2",
     witnesses: Mapping[str, float] | None = None,
+    norms: NormTable | None = None,
 ) -> Trace:
     """Bound a program as :func:`~hf_lipschitz.bounds.engine.bound_program` does and write down every step.
 
     Args:
-        program, weights, rules, geometry, witnesses: as there.
+        program, weights, rules, geometry, witnesses, norms: as there.
 
     Returns:
         Trace; a bound that exceeds float64 is kept by its logarithm.
@@ -223,11 +224,11 @@ def trace_program(
     """
     scribe = _Scribe(program)
     wrapped = cast("dict[str, Rule]", {op: _Recorder(rule, scribe) for op, rule in rules.items()})
-    bound = bound_program(program, weights, wrapped, geometry=geometry, witnesses=witnesses)
+    bound = bound_program(program, weights, wrapped, geometry=geometry, witnesses=witnesses, norms=norms)
     paths, tree = layout(program, bound.shapes)
-    norms = _by_tensor(bound.norms.bounds)
+    by_tensor = _by_tensor(bound.norms.bounds)
     steps = tuple(
-        _step(index, node, paths[index], rules[node.op], scribe, bound, tuple(_norms_of(index, node, norms)))
+        _step(index, node, paths[index], rules[node.op], scribe, bound, tuple(_norms_of(index, node, by_tensor)))
         for index, node in enumerate(program.nodes)
     )
     origin = next((str(node.attrs["space"]) for node in program.nodes if "space" in node.attrs), "model_input")

@@ -59,6 +59,7 @@ def bound_program(
     geometry: Geometry = "l2",
     witnesses: Mapping[str, float] | None = None,
     unit: float = 1.0,
+    norms: NormTable | None = None,
 ) -> ProgramBound:
     """Bound the Lipschitz constant from the program's input to every node.
 
@@ -70,6 +71,7 @@ def bound_program(
         witnesses: mu by matrix label, from a certificate (they save time and cannot weaken the result).
         unit: the Lipschitz bound of the input itself, to which all others are proportional: with a small one, bounds
             that float64 does not hold can be read in units of it.
+        norms: norms of the same weights that the caller has proved already; others are added.
 
     Raises:
         KernelError: unknown operation or attribute, tensor missing or not covered, wrong shape, not finite.
@@ -80,9 +82,8 @@ def bound_program(
         raise KernelError(f"unknown geometry {geometry!r}; known: {', '.join(GEOMETRIES)}")
     check_coverage(program, weights)
     check_origin(program, rules)
-    norms = NormTable(
-        witnesses, MAX_WORK + WORK_RATIO * sum(float(w.size) * min(w.shape or (1,)) for w in weights.values())
-    )
+    work = WORK_RATIO * sum(float(w.size) * min(w.shape or (1,)) for w in weights.values())
+    norms = NormTable(witnesses, MAX_WORK + work) if norms is None else norms
     bounds: list[NodeBound] = []
     shapes: list[Shape] = []
     for index, node in enumerate(program.nodes):

@@ -11,6 +11,7 @@ from hf_lipschitz.cli.output import JsonOption, complain, print_json, printable,
 from hf_lipschitz.errors import UserError
 
 if TYPE_CHECKING:
+    from hf_lipschitz.evaluation.weight_change import WeightChange
     from hf_lipschitz.trace import Step, Trace
 
 _LARGEST = 5  # factors shown
@@ -30,14 +31,21 @@ def certify(
         str | None,
         typer.Option(metavar="C,H,W", help="Of such a model: the shape of one sample, where the config states none."),
     ] = None,
+    cast: Annotated[
+        str | None, typer.Option(metavar="DTYPE", help="Certify a copy rounded to bfloat16, float16 or int8 instead.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="With --cast: the folder of the copy.")] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Prove a Lipschitz bound of the stored weights and write lipschitz_certificate.json into the folder.
 
-    The folder may be one of this library, of timm, or of a transformers class; nothing is fetched for it.
+    The folder may be one of this library, of timm, or of a transformers class; nothing is fetched for it. With --cast,
+    a rounded copy is written and certified from its own weights, and how far its outputs can be from the original's is
+    bounded.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the folder of a saved checkpoint")
+    original, folder = folder, _copied(folder, cast, output)
     shape = _shape(input_shape)
     from hf_lipschitz.bounds.certificate import FILE_NAME
     from hf_lipschitz.certify import write_certificate
@@ -49,11 +57,13 @@ def certify(
             given = example(shape) if shape else None
             certificate = write_certificate(folder, given, norm=norm, space=space)
             trace = _trace(folder, certificate)
+            change = None if cast is None else _change(original, folder, certificate)
         except (ValueError, OSError) as error:  # whatever is wrong, it is in the folder
             complain(f"{folder} cannot be certified: {error}")
             raise typer.Exit(1) from None
     if as_json:
-        print_json(_summary(folder / FILE_NAME, certificate, trace))
+        moved = {} if change is None else {"change": {"features": repr(change.features), "logits": repr(change.logits)}}
+        print_json({**_summary(folder / FILE_NAME, certificate, trace), **moved})
         return
     from hf_lipschitz.verdict import bound_text
 
@@ -62,6 +72,29 @@ def certify(
     result(f"  {bound_text(certificate.bound_features)}")
     for line in (*_largest(trace), *trace.notes()):
         result(f"  {printable(line)}")
+    if change is not None:
+        result(f"  logits differ from the original's by at most {change.logits:.6g}, features by {change.features:.6g}:")
+        result("  for every input of the program's domain, in l2 and exact arithmetic")
+
+
+def _copied(folder: Path, cast: str | None, output: Path | None) -> Path:
+    """The folder to certify: the one given, or a rounded copy of it."""
+    if (cast is None) != (output is None):
+        raise UserError("--cast and --output belong together: name the dtype and the folder of the copy")
+    if cast is None or output is None:
+        return folder
+    from hf_lipschitz.casting import cast_checkpoint
+
+    with working():
+        cast_checkpoint(folder, cast, output)
+    return output
+
+
+def _change(original: Path, copy: Path, certificate: Any) -> WeightChange:
+    from hf_lipschitz.bounds.weights import read_weights
+    from hf_lipschitz.evaluation.weight_change import bound_change
+
+    return bound_change(certificate.program, read_weights(original), read_weights(copy))
 
 
 def _shape(text: str | None) -> tuple[int, ...]:
@@ -73,13 +106,16 @@ def _shape(text: str | None) -> tuple[int, ...]:
 
 
 def _trace(folder: Path, certificate: Any) -> Trace:
-    """Every step of the bound, from the certificate's witnesses."""
+    """Every step of the bound, from the norms that were proved for the certificate a moment ago."""
+    from hf_lipschitz.bounds.rule import NormTable
     from hf_lipschitz.bounds.rules.table import BUILT_IN
     from hf_lipschitz.bounds.weights import read_weights
     from hf_lipschitz.trace import trace_program
 
-    norm, witnesses = certificate.bound.norm, certificate.witnesses()
-    return trace_program(certificate.program, read_weights(folder), BUILT_IN, geometry=norm, witnesses=witnesses)
+    norms = NormTable()
+    norms.bounds.update(certificate.matrices)
+    weights = read_weights(folder)
+    return trace_program(certificate.program, weights, BUILT_IN, geometry=certificate.bound.norm, norms=norms)
 
 
 def _factors(trace: Trace) -> list[tuple[str, str, float]]:

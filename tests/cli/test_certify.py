@@ -135,3 +135,29 @@ def test_a_resnet_18_takes_less_than_a_minute(call: Call, tmp_path: Path, norm: 
     ran = call("certify", tmp_path, "--norm", norm)
     assert ran.status == 0 and "largest factors: " in ran.out
     assert time.perf_counter() - start < 60.0
+
+
+def test_a_cast_copy(call: Call, folder: Path, tmp_path: Path) -> None:
+    """Certified from its own weights; the original stays as it was, and the distance of outputs is stated."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    ran = call("certify", folder, "--cast", "bfloat16", "--output", tmp_path / "copy", "--json")
+    assert ran.status == 0 and "bfloat16" in ran.value["rounding_dtypes"]
+    change = {key: float(value) for key, value in ran.value["change"].items()}
+    assert 0.0 < change["features"] < 100.0 and 0.0 < change["logits"] < 100.0
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert call("verify", tmp_path / "copy").status == 0
+    ran = call("certify", folder, "--cast", "int8", "--output", tmp_path / "other")
+    assert ran.status == 0 and "logits differ from the original's by at most" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        (("--cast", "bfloat16"), "--cast and --output belong together"),
+        (("--output", "x"), "--cast and --output belong together"),
+        (("--cast", "int4", "--output", "x"), "no cast is named 'int4': choose bfloat16, float16, int8"),
+    ],
+)
+def test_casts_that_are_refused(call: Call, folder: Path, options: tuple[str, ...], complaint: str) -> None:
+    ran = call("certify", folder, *options)
+    assert ran.status == 2 and complaint in ran.complaint and ran.out == ""

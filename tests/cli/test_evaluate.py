@@ -92,3 +92,25 @@ def test_data_that_is_not_there(call: Call, folder: Path, options: list[str], sa
     ran = call("evaluate", folder, *options)
     assert ran.status == 2
     assert says in ran.err.splitlines()[-1] and "Traceback" not in ran.err
+
+
+def test_claims(call: Call, folder: Path) -> None:
+    """Each figure says whose it is; a deployed forward is certified at most where the exact network is."""
+    certified = {}
+    for claim in ("exact", "float32", "float32+float64"):
+        options = ("--radii", "0.01", "--limit", "60", "--no-estimate", "--json", "--claim", claim)
+        ran = call("evaluate", folder, "--data.path", "digits", *options)
+        assert ran.status == 0
+        evaluation = ran.value["evaluation"]
+        assert evaluation["claim"].startswith("exact network" if claim == "exact" else "deployed in float32")
+        certified[claim] = evaluation["certified"][repr(0.01)]
+    assert certified["float32"] <= certified["float32+float64"] <= certified["exact"]
+
+
+@pytest.mark.parametrize(
+    ("claim", "complaint"),
+    [("float8", "no claim is named 'float8'"), ("bfloat16", "the weights are not exact in bfloat16")],
+)
+def test_claims_that_are_refused(call: Call, folder: Path, claim: str, complaint: str) -> None:
+    ran = call("evaluate", folder, "--data.path", "digits", "--limit", "2", "--claim", claim)
+    assert ran.status == 2 and complaint in ran.err

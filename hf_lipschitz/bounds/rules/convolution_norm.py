@@ -20,7 +20,7 @@ that fail) raise mu while it is sought; a witness is a mu for which nothing need
 smaller mu stays discarded. Kernels are real, M(-theta) is the conjugate of M(theta): theta_2 in [0, pi] is enough.
 
 If the cells become too many, mu is raised to what the last level allows, and the excess is that level's. Kernels so
-wide that a second level would be too many (300 channels) have one level, as fine as may be: 2 % at 512. Flat spectra,
+wide that a second level would be too many (300 channels) have one level, as fine as may be: 3 % at 512. Flat spectra,
 which would need that, have another proof: S^2 <= lambda_max(R_0) + 2 sum_{d > 0} ||R_d||_F with the matrices below,
 d > 0 one of each pair +-d. R_0 is the mean of M M* over all theta, so that S^2 >= lambda_max(R_0): where the sum is
 small (orthogonal convolutions) this is as tight.
@@ -49,7 +49,7 @@ _EXCESS = 1e-4  # how far mu is put above the largest eigenvalue found, half of 
 _MARGIN = 1e-6  # how far below what is to be proved a factorisation is tried
 _CHUNK = 2**21  # entries of Gram matrices computed together
 _CELLS, _FINEST = 512, 2.0**-9  # give up at that many cells a tap, or at that angle
-_WORK = 2**38  # or at cells whose factorisations multiply that often: 256 cells of 512 channels
+_WORK = 3 * 2**36  # or at cells whose factorisations multiply that often: 192 cells of 512 channels
 
 
 def convolution_norm_upper(
