@@ -73,8 +73,8 @@ def certify(
     for line in (*_largest(trace), *trace.notes()):
         result(f"  {printable(line)}")
     if change is not None:
-        result(f"  logits differ from the original's by at most {change.logits:.6g}, features by {change.features:.6g}:")
-        result("  for every input of the program's domain, in l2 and exact arithmetic")
+        result(f"  logits differ from the original's by at most {change.logits:.6g}, features by {change.features:.6g}")
+        result("  (l2, exact arithmetic, every input of the program's domain)")
 
 
 def _copied(folder: Path, cast: str | None, output: Path | None) -> Path:
