@@ -5,10 +5,14 @@ Read in a child process only, after the mutated copy of the package has been put
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import traceback
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
+
+import pytest
 
 from hf_lipschitz.bounds.rule import GEOMETRIES, Geometry
 from hf_lipschitz.bounds.rules.table import BUILT_IN
@@ -19,6 +23,10 @@ from tests.bounds.search import claimed_constant, lowered, reached_constant
 from tests.second_checker import agreement, agreement_norms
 from tests.second_checker.table import FORMULAS
 
+_UNIT_TESTS = (
+    *("tests/bounds/test_arithmetic.py", "tests/bounds/test_engine.py", "tests/bounds/test_spectral.py"),
+    *("tests/evaluation/test_deployed.py", "tests/models/test_rounding.py"),
+)
 _PROGRAMS = 18  # random programs that are walked twice
 _KINDS = ("gaussian", "hot_rows", "repeated_rows")  # matrices that the search is run on
 
@@ -95,6 +103,15 @@ def float32(ops: Collection[str]) -> None:
         test_rules.test_rounding_in_float32(row)
 
 
+def unit_tests() -> None:
+    """The tests of the core itself, as they are run every day."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        status = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", *_UNIT_TESTS])
+    failed = [line for line in output.getvalue().splitlines() if line.startswith("FAILED")]
+    assert status == 0, failed[0] if failed else f"pytest ended with {status}"
+
+
 Killer = tuple[str, Callable[[], None]]
 
 
@@ -107,6 +124,7 @@ def killers(ops: Collection[str], core: bool, known: Path) -> Iterator[Killer]:
         yield "norms", norms
         yield "programs", programs
         yield "second checker", lambda: second_checker(ops, ("gaussian",))
+        yield "unit tests", unit_tests
         return
     yield "second checker", lambda: second_checker(ops)
     yield "refutation", lambda: refutation(ops, known)

@@ -29,7 +29,9 @@ CORE: dict[str, tuple[str, ...]] = {
     "rule": ("Rule.lipschitz", "Rule.size", "tightened"),
     "rounding": ("gamma", "norm_up", "array_norm_up", "Arithmetic.total", "Arithmetic.dot", "Arithmetic._stored"),
 }
-ESTIMATES = {"_candidates"}  # functions that only choose where to look: whatever they return, the result is a bound
+# Functions that only choose where to look, and names that only say how much is done at once: whatever they are, the
+# result is a bound. What goes into a self-test of products (SELF_TESTS) is no part of a bound either.
+ESTIMATES, PORTIONS, SELF_TESTS = {"_candidates"}, {"step", "size"}, {"freivalds"}
 _SUMS, _COUNTS = ("add_up", "norm_up", "max"), ("gamma", "dot", "total")
 
 
@@ -102,7 +104,8 @@ def _reached(functions: dict[str, ast.FunctionDef]) -> set[str]:
 
 def _mistakes(function: ast.FunctionDef) -> Iterator[tuple[str, ast.expr, ast.expr, str]]:
     """(kind, node, what replaces it, what is dropped) for every mistake in a function."""
-    for node in _arithmetic(function):
+    tested = _only_tested(function)
+    for node in _arithmetic(function, tested):
         if isinstance(node, ast.Call):
             yield from _in_call(node)
         elif isinstance(node, ast.BinOp) and isinstance(node.op, (ast.Add, ast.Mult)):
@@ -134,16 +137,48 @@ def _in_call(node: ast.Call) -> Iterator[tuple[str, ast.expr, ast.expr, str]]:
             yield "count", node, fewer, f"1 of {whole}"
 
 
-def _arithmetic(node: ast.AST) -> Iterator[ast.expr]:
-    """Expressions of a function where arithmetic happens: not in messages, refusals, labels, annotations or indices."""
+def _arithmetic(node: ast.AST, skipped: set[str]) -> Iterator[ast.expr]:
+    """Expressions of a function where arithmetic happens: not in messages, refusals, labels, annotations or indices,
+    nor in what is assigned to ``skipped`` names.
+    """
     for child in ast.iter_child_nodes(node):
         if isinstance(child, (ast.JoinedStr, ast.Raise, ast.Subscript, ast.arguments)):
             continue
-        if isinstance(child, ast.Call) and isinstance(child.func, ast.Name) and child.func.id == "need":
+        if _is_call(child, {"need", *SELF_TESTS}):
+            continue
+        if isinstance(child, ast.Assign) and _targets(child) <= skipped:
             continue
         if isinstance(child, (ast.Call, ast.BinOp)) and not _joins(child):
             yield child
-        yield from _arithmetic(child)
+        yield from _arithmetic(child, skipped)
+
+
+def _is_call(node: ast.AST, names: set[str]) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in names
+
+
+def _targets(node: ast.Assign) -> set[str]:
+    return {each.id for target in node.targets for each in ast.walk(target) if isinstance(each, ast.Name)}
+
+
+def _only_tested(function: ast.FunctionDef) -> set[str]:
+    """Names that only self-tests read, and portions."""
+    skipped = set(PORTIONS)
+    assigned = [node for node in ast.walk(function) if isinstance(node, ast.Assign)]
+    for _ in assigned:  # a name may lead to a self-test through others
+        read = {name for child in function.body for name in _reads(child, skipped)}
+        skipped |= {name for node in assigned for name in _targets(node) if name not in read}
+    return skipped
+
+
+def _reads(node: ast.AST, skipped: set[str]) -> Iterator[str]:
+    """Names that are read outside of self-tests and of assignments to skipped names."""
+    if _is_call(node, SELF_TESTS) or (isinstance(node, ast.Assign) and _targets(node) <= skipped):
+        return
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+        yield node.id
+    for child in ast.iter_child_nodes(node):
+        yield from _reads(child, skipped)
 
 
 def _joins(node: ast.AST) -> bool:
