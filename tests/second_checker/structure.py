@@ -114,7 +114,7 @@ class Offset(Formula):
             return every_token(a.shape, frobenius(offset))
         if a.attrs["axis"] == "entry":
             # an image's largest pixel is bounded by the whole; tokens are read one by one
-            rows = list(offset) if len(a.shape) == 2 else [offset]
+            rows = list(offset.reshape(a.shape)) if len(a.shape) == 2 else [offset]
             return Extent(larger(*(frobenius(row) for row in rows)), frobenius(offset))
         width = root_of(channels_in(a.shape))
         return Extent(width * exactly(max(abs(offset))), width * frobenius(offset))
