@@ -27,6 +27,8 @@ _UNIT_TESTS = (
     *("tests/bounds/test_arithmetic.py", "tests/bounds/test_engine.py", "tests/bounds/test_spectral.py"),
     *("tests/evaluation/test_deployed.py", "tests/models/test_rounding.py"),
 )
+# plugins were imported before the fork, which pytest warns of
+_PYTEST = ("-q", "-x", "-p", "no:cacheprovider", "--no-header", "-W", "ignore::pytest.PytestAssertRewriteWarning")
 _PROGRAMS = 18  # random programs that are walked twice
 _KINDS = ("gaussian", "hot_rows", "repeated_rows")  # matrices that the search is run on
 
@@ -107,7 +109,7 @@ def unit_tests() -> None:
     """The tests of the core itself, as they are run every day."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        status = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", *_UNIT_TESTS])
+        status = pytest.main([*_PYTEST, *_UNIT_TESTS])
     failed = [line for line in output.getvalue().splitlines() if line.startswith("FAILED")]
     assert status == 0, failed[0] if failed else f"pytest ended with {status}"
 
