@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_lipschitz.errors import UserError
+from hf_lipschitz.remote_code import REMOTE_FILE_NAME
 
 CASTS = ("bfloat16", "float16", "int8")
-# What speaks of the original's weights alone, or of none: not taken over.
-_LEFT = ("README.md", "lipschitz_certificate.json", "trainer_state.json", "training_args.bin")
+# Taken over are weights, configurations and tokenizers; what speaks of the original's weights is not.
+_TAKEN, _LEFT = (".safetensors", ".json", ".txt", ".model"), ("lipschitz_certificate.json", "trainer_state.json")
 
 
 def cast_checkpoint(folder: Path, dtype: str, output: Path) -> None:
@@ -33,10 +34,12 @@ def cast_checkpoint(folder: Path, dtype: str, output: Path) -> None:
         raise UserError(f"no cast is named {dtype!r}: choose {', '.join(CASTS)}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not an empty folder: choose another --output")
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name not in _LEFT)
+    files = sorted(path for path in folder.iterdir() if path.suffix in _TAKEN and path.name not in _LEFT)
+    files += list(folder.glob(REMOTE_FILE_NAME))
     if not any(path.suffix == ".safetensors" for path in files):
         raise UserError(f"{folder} holds no safetensors weights: save the model with save_pretrained first")
     partial = output.with_name(f".{output.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
         partial.mkdir(parents=True)
         for path in files:
@@ -68,10 +71,9 @@ def _rounded(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     """The tensor as the copy stores it."""
     if not tensor.is_floating_point():
         return tensor
-    if dtype == "int8":
-        wide = tensor.float()
-        return _row_quantized(wide) if tensor.ndim >= 2 else wide
-    rounded = tensor.to(getattr(torch, dtype))
+    rounded = tensor.to(torch.float32 if dtype == "int8" else getattr(torch, dtype))
+    if dtype == "int8" and tensor.ndim >= 2:
+        rounded = _row_quantized(rounded)
     if not torch.isfinite(rounded).all():
         raise UserError(f"tensor {name!r} holds values that {dtype} does not: cast to bfloat16 instead")
     return rounded

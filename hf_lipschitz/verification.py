@@ -38,6 +38,9 @@ _ADVICE = {
     "truncated": "fetch or save the file again",
     "NaN or infinite": "the training has diverged, go back to an earlier checkpoint",
     "its SHA-256 is not": "fetch the folder again, or certify it anew with hf-lipschitz certify",
+    "above the claimed": "do not rely on this certificate, certify the folder yourself with hf-lipschitz certify",
+    "above the stated": "do not rely on this certificate, certify the folder yourself with hf-lipschitz certify",
+    "rounding allowance": "certify the folder yourself with hf-lipschitz certify",
 }
 MAX_ENTRIES = 2**22  # of the images that program and model are executed on
 AGREEMENT = 1e-9  # largest difference of executed program and model, relative to the largest feature or logit
@@ -99,17 +102,7 @@ def verify(
         _check_pins(folder, report.certificate, state, max_bound, norm, origin, sha256)
     if require == "program" and state.claims["bound"] == "ok":
         _check_program(folder, report, rules, state)
-    required = CLAIMS if require == "program" else ("bound", "rounding")
-    if report.certificate is not None and report.certificate.bound.norm != "l2":  # the allowances are in l2
-        required = tuple(claim for claim in required if claim != "rounding")
-    elif report.certificate is not None and not report.certificate.rounding:
-        if report.certificate.bound.origin == "pixels[0,1]":
-            state.fail("rounding", "the certificate states no rounding allowance for any dtype")
-        else:
-            required = tuple(claim for claim in required if claim != "rounding")
-            state.notes.append(
-                "inputs may be of any size, so nothing is claimed of rounding: the bound is exact arithmetic's"
-            )
+    required = _required(require, report.certificate, state)
     return Verdict(
         state.claims,
         tuple(state.reasons),
@@ -121,6 +114,23 @@ def verify(
         foreign,
         required,
     )
+
+
+def _required(require: str, certificate: Certificate | None, state: _State) -> tuple[str, ...]:
+    """The claims that must hold; rounding is none where nothing can be said of it."""
+    required = CLAIMS if require == "program" else ("bound", "rounding")
+    if certificate is None:
+        return required
+    unbounded = not certificate.rounding and certificate.bound.origin != "pixels[0,1]"
+    if certificate.bound.norm == "l2" and not certificate.rounding and not unbounded:
+        state.fail("rounding", "the certificate states no rounding allowance for any dtype")
+    elif certificate.bound.norm == "l2" and unbounded:
+        state.notes.append(
+            "inputs may be of any size, so nothing is claimed of rounding: the bound is exact arithmetic's"
+        )
+    if unbounded or certificate.bound.norm != "l2":  # the allowances are in l2
+        return tuple(claim for claim in required if claim != "rounding")
+    return required
 
 
 def _with_advice(reason: str) -> str:

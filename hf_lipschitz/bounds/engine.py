@@ -2,7 +2,7 @@
 
 *Bounded*: ``bound_program`` walks the nodes with the stored weights and returns a proved Lipschitz bound of each
 output. *Executed*: ``evaluate_program`` computes the function in float64. ``rounding_error`` bounds how far a forward
-pass in a floating-point dtype strays from it. Everything unknown is an error that names the node, never a default.
+pass in a dtype strays from it. Everything unknown is an error that names the node, never a default.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ import numpy as np
 from .errors import KernelError
 from .program import Node, Program
 from .rounding import ARITHMETIC, UNIT_ROUNDOFF, Arithmetic, Array, add_up, array_norm_up, largest, mul_up, sqrt_up
-from .rule import GEOMETRIES, Call, Geometry, NodeBound, NormTable, Rule, Shape, Size, tightened
+from .rule import GEOMETRIES, SEARCH, Call, Geometry, NodeBound, NormTable, Rule, Shape, Size, tightened
 from .rules.scalars import MAX_COST, enclose, expression_cost
 
 # The one kind of stored tensor that an evaluation forward never reads: counters of normalisation layers.
 UNREAD_SUFFIXES = ("num_batches_tracked",)
-# What a hostile program may cost: the size of one value and of all together, and multiplications in norms (in all, and
-# times those that bounding every stored tensor once would take).
+# What a hostile program may cost: entries of one value and of all, multiplications in norms (and times one norm each).
 MAX_ENTRIES, MAX_TOTAL, MAX_WORK, WORK_RATIO = 2**27, 2**34, 2.0**36, 64.0
 
 
@@ -69,8 +68,7 @@ def bound_program(
         rules: the rule table that the caller trusts.
         geometry: ``l2`` or ``token_max``.
         witnesses: mu by matrix label, from a certificate (they save time and cannot weaken the result).
-        unit: the Lipschitz bound of the input itself, to which all others are proportional: with a small one, bounds
-            that float64 does not hold can be read in units of it.
+        unit: the Lipschitz bound of the input, to which all others are proportional (a small one avoids overflow).
         norms: norms of the same weights that the caller has proved already; others are added.
 
     Raises:
@@ -82,8 +80,7 @@ def bound_program(
         raise KernelError(f"unknown geometry {geometry!r}; known: {', '.join(GEOMETRIES)}")
     check_coverage(program, weights)
     check_origin(program, rules)
-    work = WORK_RATIO * sum(float(w.size) * min(w.shape or (1,)) for w in weights.values())
-    norms = NormTable(witnesses, MAX_WORK + work) if norms is None else norms
+    norms = NormTable(witnesses, MAX_WORK + sum(map(_justified, weights.values()))) if norms is None else norms
     bounds: list[NodeBound] = []
     shapes: list[Shape] = []
     for index, node in enumerate(program.nodes):
@@ -134,7 +131,7 @@ def rounding_error(
     program: Program, weights: Mapping[str, Array], rules: Mapping[str, Rule], dtype: str, bound: ProgramBound
 ) -> RoundingBound:
     """Bound the distance between the exact outputs and those of a forward pass in ``dtype``, over the whole domain."""
-    sizes = [[node.size] for node in bound.nodes]
+    sizes = [[n.size] for n in bound.nodes]
     errors = [each for (each,) in node_errors(program, weights, rules, dtype, bound, sizes)]
     features, logits = program.outputs["features"], program.outputs["logits"]
     return RoundingBound(errors[features], add_up(bound.nodes[features].size.total, errors[features]), errors[logits])
@@ -192,29 +189,27 @@ def node_errors(
 def node_calls(
     program: Program, weights: Mapping[str, Array], rules: Mapping[str, Rule], bound: ProgramBound
 ) -> Generator[tuple[Rule, Call]]:
-    """Each node's rule and the call it is asked about, with the shapes and norms of a bound of the same weights."""
+    """Each node's rule and the call that it is asked about, with shapes and norms of a bound of the same weights."""
     for index, node in enumerate(program.nodes):
         yield _prepare(index, node, weights, rules, bound.shapes, bound.norms)
 
 
 def check_origin(program: Program, rules: Mapping[str, Rule]) -> None:
-    """A program has exactly one node without inputs: where perturbations enter. Others would hide a second input."""
+    """Exactly one node has no inputs: where perturbations enter."""
     origins = [n for n in program.nodes if n.op in rules and rules[n.op].arity == 0]
     if len(origins) != 1:
         raise KernelError(f"a program has exactly one input node, this one has {len(origins)}")
 
 
 def check_coverage(program: Program, weights: Mapping[str, Array]) -> None:
-    """Refuse tensors that the program reads but the file lacks, and tensors of the file that the program never
-    reads.
-    """
+    """Refuse tensors that the program reads but the file lacks, and those of the file that it never reads."""
     needed = program.tensor_names()
     for name in sorted(name for name in needed if "|" in name):
         raise KernelError(f"tensor {name!r}: a name with '|' could be taken for a norm derived from another tensor")
     for name in sorted(needed - set(weights)):
         raise KernelError(f"tensor {name!r} is read by the program but missing from the weights")
     for name in sorted(set(weights) - needed):
-        if not name.endswith(UNREAD_SUFFIXES):
+        if not name.endswith(UNREAD_SUFFIXES) or weights[name].dtype.kind == "f":
             raise KernelError(f"tensor {name!r} is stored but not covered by the program: nothing bounds what it does")
     if sum(expression_cost(e, weights) for node in program.nodes for e in node.scalars.values()) > MAX_COST:
         raise KernelError(f"the program's scalar expressions cost more than {MAX_COST} evaluations: shorten them")
@@ -262,9 +257,15 @@ def _prepare(
     return rule, Call(index, node.attrs, inputs, tensors, node.tensors, scalars, norms, deviations, arithmetic)
 
 
+def _justified(array: Array) -> float:
+    """How many multiplications in norms a stored tensor justifies."""
+    dense = float(array.size) * min(len(array), array.size // len(array)) if array.ndim and array.size else 1.0
+    return dense * (4.0 * SEARCH if array.ndim > 2 else WORK_RATIO)
+
+
 def _limited(shape: Shape, before: Sequence[Shape]) -> Shape:
     """The shape, unless a value of it, or all values so far together, would be too large."""
-    if math.prod(shape) > MAX_ENTRIES or sum(map(math.prod, before)) > MAX_TOTAL:
+    if math.prod(shape) > MAX_ENTRIES or (len(before) % 64 == 63 and sum(map(math.prod, before)) > MAX_TOTAL):
         raise KernelError(f"a value of sample shape {shape}, or all values so far, have more entries than are allowed")
     return shape
 

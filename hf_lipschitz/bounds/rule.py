@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+import numpy as np
+
 from .errors import KernelError
 from .rounding import ARITHMETIC, Arithmetic, Array, Enclosure, add_up, mul_up, sqrt_up
 from .spectral import NormBound, spectral_norm_upper
@@ -20,6 +22,7 @@ Shape = tuple[int, ...]
 Geometry = Literal["l2", "token_max"]
 GEOMETRIES: tuple[Geometry, ...] = ("l2", "token_max")
 Check = Callable[[Any], bool]
+SEARCH = 1400.0  # what a search over frequencies costs, in products of the kernel as one matrix
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,7 @@ class NormTable:
     def bound(self, label: str, compute: Callable[[float | None], NormBound], work: float) -> float:
         """The bound stored under ``label``, or ``compute(witness)``, which costs about ``work`` multiplications."""
         if label not in self.bounds:
-            self._work -= work
+            self._work -= work + 1e5  # and what any norm costs
             if self._work < 0.0:
                 raise KernelError(
                     f"tensor {label!r}: the program asks for norms that cost more than its tensors justify"
@@ -109,7 +112,10 @@ class Call:
         """The same for a norm that ``compute(witness)`` bounds in its own way (that of a convolution)."""
         label = self.names[slot] + (f"|{form}" if form else "") + (f"@{self.index}" if form not in ("", "abs") else "")
         tensor = self.tensors[slot]
-        return self.norms.bound(label, compute, float(tensor.size) * min(len(tensor), tensor.size // len(tensor)))
+        work = float(tensor.size) * min(len(tensor), tensor.size // len(tensor))
+        if form == "convolution":
+            work = SEARCH * (work + float(np.prod(tensor.shape[2:])) ** 2 + 1e5)
+        return self.norms.bound(label, compute, work)
 
     def dot(self, count: int) -> float:
         """Relative error of a sum of ``count`` products of the forward pass in question (see Arithmetic)."""

@@ -134,14 +134,13 @@ def _best_squared(a: Array, witness: float | None) -> tuple[float, str, float | 
 
 
 def _near_orthogonal(gram: Array, centre: Array, gram_error: float) -> float | None:
-    diagonal, allowed = np.einsum("bii->bi", gram), _NEAR_ORTHOGONAL * float(centre.max())
+    diagonal = np.einsum("bii->bi", gram)
     kept = diagonal.copy()
     diagonal -= centre[:, None]
-    distance = mul_up(1.001, float(np.linalg.norm(gram)))
-    if not distance <= allowed:
-        distance = mul_up(1.001, max(_largest_sum(gram), _largest_sum(gram.swapaxes(1, 2))))
+    sums = max(_largest_sum(gram), _largest_sum(gram.swapaxes(1, 2)))
+    distance = mul_up(1.001, min(float(np.linalg.norm(gram)), sums))
     diagonal[...] = kept
-    if not distance <= allowed:
+    if not distance <= _NEAR_ORTHOGONAL * centre.max():
         return None
     return mul_up(add_up(mul_up(float(centre.max()), 1.0 + 2.0 * U), distance, gram_error), _SCALARS)
 

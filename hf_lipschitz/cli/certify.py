@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -45,8 +47,8 @@ def certify(
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the folder of a saved checkpoint")
-    original, folder = folder, _copied(folder, cast, output)
     shape = _shape(input_shape)
+    original, folder = folder, _copied(folder, cast, output)
     from hf_lipschitz.bounds.certificate import FILE_NAME
     from hf_lipschitz.certify import write_certificate
     from hf_lipschitz.foreign import example
@@ -57,8 +59,10 @@ def certify(
             given = example(shape) if shape else None
             certificate = write_certificate(folder, given, norm=norm, space=space)
             trace = _trace(folder, certificate)
-            change = None if cast is None else _change(original, folder, certificate)
+            change = None if cast is None else _change(original, folder, certificate, trace)
         except (ValueError, OSError) as error:  # whatever is wrong, it is in the folder
+            if cast is not None:
+                shutil.rmtree(folder, ignore_errors=True)  # a copy without certificate is of no use
             complain(f"{folder} cannot be certified: {error}")
             raise typer.Exit(1) from None
     if as_json:
@@ -73,8 +77,14 @@ def certify(
     for line in (*_largest(trace), *trace.notes()):
         result(f"  {printable(line)}")
     if change is not None:
-        result(f"  logits differ from the original's by at most {change.logits:.6g}, features by {change.features:.6g}")
-        result("  (l2, exact arithmetic, every input of the program's domain)")
+        result(f"  {_moved(change)}")
+
+
+def _moved(change: WeightChange) -> str:
+    if not change.nodes:
+        return "inputs may be of any size, and so may differences from the original: --space 'pixels[0,1]' bounds them"
+    apart = f"{change.logits:.6g}, features by {change.features:.6g}"
+    return f"logits differ from the original's by at most {apart} (l2, exact arithmetic, all inputs of the domain)"
 
 
 def _copied(folder: Path, cast: str | None, output: Path | None) -> Path:
@@ -90,11 +100,15 @@ def _copied(folder: Path, cast: str | None, output: Path | None) -> Path:
     return output
 
 
-def _change(original: Path, copy: Path, certificate: Any) -> WeightChange:
+def _change(original: Path, copy: Path, certificate: Any, trace: Trace) -> WeightChange:
+    """How far the copy's outputs can be from the original's; nothing is worked out where inputs may be of any size."""
     from hf_lipschitz.bounds.weights import read_weights
-    from hf_lipschitz.evaluation.weight_change import bound_change
+    from hf_lipschitz.evaluation.weight_change import WeightChange, bound_change
 
-    return bound_change(certificate.program, read_weights(original), read_weights(copy))
+    if trace.origin == "model_input":
+        return WeightChange(math.inf, math.inf, ())
+    witnesses = certificate.witnesses()
+    return bound_change(certificate.program, read_weights(original), read_weights(copy), witnesses=witnesses)
 
 
 def _shape(text: str | None) -> tuple[int, ...]:

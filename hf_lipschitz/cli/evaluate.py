@@ -56,6 +56,7 @@ def evaluate(
         raise UserError(f"{folder} is not a folder: give the folder of a checkpoint (hf-lipschitz verify fetches one)")
     spec = {"path": data_path, "image_column": image_column, "label_column": label_column, "resize": resize}
     verdict = verified_or_exit(str(folder), as_json=as_json)
+    check_certificate(verdict.certificate)
     with working():
         model, data = _load(folder, spec, data_split, limit)
         evaluation = _certify(model, data, wanted, batch_size, claim)
@@ -103,6 +104,13 @@ def parse_radii(text: str) -> tuple[float, ...]:
     if min(radii) < 0.0:
         raise UserError(f"--radii is {text!r}: a radius is at least 0")
     return radii
+
+
+def check_certificate(certificate: Any) -> None:
+    """UserError for a certificate from which no radius of an image follows."""
+    from hf_lipschitz.evaluation.certified import certified_numbers
+
+    certified_numbers(certificate)
 
 
 def check_claim(claim: str) -> None:
@@ -180,4 +188,6 @@ def _print_table(folder: Path, evaluation: Any, attacks: dict[str, dict[str, Any
         what = f"changed at {counts['factor']:g} times the radius" if kind == "control" else f"changed inside, {kind}"
         table.add_row(what, f"{counts['changed']} of {counts['attacked']}")
     Console().print(table)
+    if evaluation.deployed_error is not None:
+        result(f"features of that forward err by at most {evaluation.deployed_error:.3g} in the balls (l2)")
     result(f"claim: {evaluation.claim}; radii in pixel units, logits and margins in float64")

@@ -110,8 +110,8 @@ class DeployedErrors:
             pixels_BCHW: float64 images in [0, 1]. radii_B: the radius of each ball (l2, pixel units), >= 0.
 
         Returns:
-            errors (B,): at least ``|z^(x') - z(x')|`` for every x' of the ball that the dtype holds, z^ the deployed
-            features; infinite where something may overflow. norms (B,): at least ``|z^(x')|``.
+            errors (B,): at least ``|z^(x') - z(x')|`` for every x' of the ball that lies in [0, 1] and that the dtype
+            holds, z^ the deployed features; infinite where something may overflow. norms (B,): at least ``|z^(x')|``.
 
         Source: module docstring.
         """

@@ -46,12 +46,18 @@ class WeightChange:
 
 
 def bound_change(
-    program: Program, before: Mapping[str, Array], after: Mapping[str, Array], rules: Mapping[str, Rule] = BUILT_IN
+    program: Program,
+    before: Mapping[str, Array],
+    after: Mapping[str, Array],
+    rules: Mapping[str, Rule] = BUILT_IN,
+    *,
+    witnesses: Mapping[str, float] | None = None,
 ) -> WeightChange:
     """Bound ``|f_before(x) - f_after(x)|`` in l2 for every x of the domain; infinite where the domain is unbounded.
 
     Args:
         program: in any topological order. before, after: its tensors by name, of the same shapes.
+        witnesses: mu by matrix label, of either network: they save time and cannot weaken the result.
 
     Raises:
         KernelError: weights that do not fit the program.
@@ -59,7 +65,7 @@ def bound_change(
     Source: module docstring. Both readings are bounds, before-Lipschitz with after-sizes and the reverse; the smaller
     one is returned.
     """
-    bounds = [bound_program(program, weights, rules) for weights in (before, after)]
+    bounds = [bound_program(program, weights, rules, witnesses=witnesses) for weights in (before, after)]
     ways = [
         _walk(program, (first, second), (of_first, of_second), rules)
         for first, second, of_first, of_second in (
@@ -120,11 +126,13 @@ def _difference(one: Call, other: Call) -> Call:
     return replace(other, tensors=tensors, norms=NormTable())
 
 
-def _rounded(value: float, one: Call, other: Call, incoming: tuple[Size, ...]) -> float:
-    """Add what the rounded subtraction of tensors may hide: u times their Frobenius norm, times the input."""
+def _rounded(value: float, one: Call, other: Call, incoming: tuple[Size, ...], factor: float = 1.0) -> float:
+    """Add what the rounded subtraction of tensors may hide: u times their Frobenius norm, times the input and the
+    factor that a difference counts with.
+    """
     lost = add_up(*(mul_up(2.0 * U, array_norm_up(one.tensors[s] - other.tensors[s])) for s in one.tensors))
     reach = add_up(*(size.total for size in incoming), sqrt_up(float(np.prod(one.shapes[0]))))
-    return add_up(value, mul_up(lost, reach))
+    return add_up(value, mul_up(lost, reach, factor))
 
 
 def _affine(rule: Rule, one: Call, other: Call, incoming: tuple[Size, ...]) -> float:
@@ -172,7 +180,8 @@ def _attention(rule: Rule, one: Call, other: Call, incoming: tuple[Size, ...]) -
     bent = _scalar_changes(one.scalars["radius"], other.scalars["radius"])
     heated = radius * _scalar_changes(one.scalars["temperature"], other.scalars["temperature"])
     scalars = add_up(*(array_norm_up(np.nextafter(np.broadcast_to(each, (heads,)), np.inf)) for each in (bent, heated)))
-    return _rounded(add_up(*moved, mul_up(sqrt_up(float(n)), scalars)), one, other, incoming)
+    total = add_up(*moved, mul_up(sqrt_up(float(n)), scalars))
+    return _rounded(total, one, other, incoming, max(1.0, *factor.values()))
 
 
 def _larger(one: Call, other: Call, slot: str, heads: int) -> Array:

@@ -14,7 +14,7 @@ from hf_lipschitz.lowering.refusal import LoweringError
 
 AGREEMENT = 1e-9  # largest difference, relative to the largest entry of the answer
 _SEED = 20260
-_SAMPLES = 3
+_SAMPLES, _OFTEN = 3, 5  # and how often each stands in a larger batch
 
 
 def check_agreement(program: Program, model: nn.Module, space: str) -> None:
@@ -38,9 +38,15 @@ def check_agreement(program: Program, model: nn.Module, space: str) -> None:
     with torch.no_grad(), silent():
         together = model(torch.from_numpy(inputs.copy())).numpy()  # a model may write into its input
         alone = model(torch.from_numpy(inputs[:1].copy())).numpy()
-    together, alone = together.reshape(executed.shape), alone.reshape(executed[:1].shape)
+        many = model(torch.from_numpy(np.repeat(inputs, _OFTEN, axis=0))).numpy()[::_OFTEN]
+    together, alone, many = (each.reshape(-1, *executed.shape[1:]) for each in (together, alone, many))
     scale = max(1.0, float(np.max(np.abs(executed))))
-    for other, what in ((together, "the model's"), (alone, "the model's, for one sample without the rest of a batch,")):
+    cases = (
+        (together, "the model's"),
+        (alone, "the model's, for one sample without the rest of a batch,"),
+        (many, "the model's, for a larger batch,"),
+    )
+    for other, what in cases:
         distance = float(np.max(np.abs(other - executed[: len(other)]))) / scale
         if not distance <= AGREEMENT:
             raise LoweringError(

@@ -33,7 +33,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "lowering": ("bounds",),
     "foreign": ("bounds",),
     "certify": ("bounds", "lowering", "foreign"),
-    "casting": (),
+    "casting": ("remote_code",),
     "trace_tree": ("bounds",),
     "trace": ("bounds", "trace_tree"),
     "models": ("nn", "certify", "remote_code"),

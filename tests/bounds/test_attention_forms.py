@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 import torch
 
+from hf_lipschitz.bounds.engine import bound_program
 from hf_lipschitz.bounds.errors import KernelError
-from hf_lipschitz.bounds.program import Node
+from hf_lipschitz.bounds.program import Node, Program
 from hf_lipschitz.bounds.rounding import UNIT_ROUNDOFF, Array
 from hf_lipschitz.bounds.rule import Call, Rule, Size
 from hf_lipschitz.bounds.rules.attention_balls import BallAttention, CrossAttention
 from hf_lipschitz.bounds.rules.attention_heads import HeadAttention
 from hf_lipschitz.bounds.rules.attention_open import MemoryAttention, OpenAttention
 from hf_lipschitz.bounds.rules.attention_sinkhorn import SinkhornAttention, _rest, _steepest
+from hf_lipschitz.bounds.rules.table import BUILT_IN
 from tests.bounds.ascent_attention import Form, along, claimed, climb
 from tests.bounds.row import Example
 from tests.bounds.search import ask, execute
@@ -265,3 +267,23 @@ def test_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(KernelError, match=message) as caught:
         rule.shape(call)
     assert "\n" not in str(caught.value)
+
+
+def test_one_tensor_as_queries_of_many_heads_and_values_of_few() -> None:
+    """Head 0 has two rows of it as a query and four as a value: norms of the one must not serve for the other."""
+    weight = np.zeros((4, 4), np.float32)
+    weight[:2, :2] = 1e-6 * np.eye(2)
+    weight[2, 0] = weight[3, 1] = 3.0
+    key = 2.0 * np.eye(2, 4, dtype=np.float32)
+    attrs = {"heads": 2, "kv_heads": 1, "causal": False}
+    bounds = {}
+    for query, value in (("w", "w"), ("w", "v")):
+        tensors = {"query": query, "key": "k", "value": value}
+        node = Node("open_attention@1", (0,), attrs, tensors, {"scale": 3.0})
+        first = Node("input@1", attrs={"shape": [3, 4], "space": "pixels[0,1]"})
+        program = Program((first, node), {"features": 1, "logits": 1})
+        weights = {name: {"w": weight, "v": weight, "k": key}[name] for name in {query, value, "k"}}
+        for geometry in ("l2", "token_max"):
+            bound = bound_program(program, weights, BUILT_IN, geometry=geometry).nodes[1]
+            assert bounds.setdefault(geometry, bound) == bound
+    assert bounds["l2"].lipschitz > 26.2

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from hf_lipschitz.bounds.engine import bound_program, evaluate_program, rounding_error
+from hf_lipschitz.bounds.rounding import Enclosure
+from hf_lipschitz.bounds.rule import Call, NormTable
 from hf_lipschitz.bounds.rules.attention_sinkhorn import _rest, _steepest
 from hf_lipschitz.bounds.rules.table import BUILT_IN
 from hf_lipschitz.certify import state_arrays
+from hf_lipschitz.evaluation.deployed import DEPLOYMENTS
 from hf_lipschitz.nn.attention import BoundedAttention, softplus
 from hf_lipschitz.nn.init import orthogonal_weight
 from hf_lipschitz.nn.module import ProgramBuilder
@@ -97,3 +100,25 @@ def test_it_costs_less_than_softmax() -> None:
     """At the initial scalars and 64 tokens the divisor is less than half of that of softmax attention."""
     tau = radius = softplus(torch.full((4,), 0.5, dtype=torch.float64))
     assert SinkhornAttention(8, 64, 4)._bound(tau, radius) < 0.5 * BoundedAttention(8, 64, 4)._bound(tau, radius)
+
+
+@pytest.mark.parametrize("claim", ["float32", "float32+float64"])
+@pytest.mark.parametrize(("tokens", "tau"), [(2, 0.5), (2, 0.64), (2, 1.0), (3, 1.0), (4, 1.0)])
+def test_scaling_in_float32_strays_no_further_than_the_rule_says(tokens: int, tau: float, claim: str) -> None:
+    """Also with float64 products, which the scaling does not use: it ends at 32 epsilons of float32."""
+    arithmetic = DEPLOYMENTS[claim].arithmetic
+    tensors = {slot: np.eye(1) for slot in ("query", "key", "value")}
+    scalars = {slot: Enclosure.exactly(tau) for slot in ("temperature", "radius")}
+    call = Call(
+        *(1, {"heads": 1, "iterations": 64}, ((tokens, 1),), tensors, {}, scalars, NormTable()),
+        *({"temperature": 0.0, "radius": 0.0}, arithmetic),
+    )
+    allowed = BUILT_IN["sinkhorn_attention@1"]._weight_error(call, tau, 2.0**-24)
+    generator = torch.Generator().manual_seed(0)
+    worst = 0.0
+    for _ in range(1500):
+        scores = (tau * (2.0 * torch.rand(1, tokens, tokens, generator=generator) - 1.0)).float()
+        computed = sinkhorn(scores, 64, until_close=True).double()
+        exact = sinkhorn(scores.double(), 3000, until_close=True)
+        worst = max(worst, float((computed - exact).abs().sum(dim=-1).max()))
+    assert allowed / 40.0 < worst <= allowed

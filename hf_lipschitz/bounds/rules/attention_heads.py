@@ -165,8 +165,10 @@ class HeadAttention(Rule):
         return add_up(norm, mul_up(gamma(2), array_norm_up(rows * call.tensors[slot])))
 
     def _head_norm(self, call: Call, slot: str, head: int) -> float:
-        rows = head_width(call, slot)
-        return call.norm(slot, f"head{head}", lambda: call.tensors[slot][head * rows : (head + 1) * rows])
+        # one tensor may serve as queries of many heads and as values of few: the label says which rows a head has
+        rows, count = head_width(call, slot), head_count(call, slot)
+        form = f"head{head}" if count == call.attrs["heads"] else f"head{head}of{count}"
+        return call.norm(slot, form, lambda: call.tensors[slot][head * rows : (head + 1) * rows])
 
 
 def softmax_error(reach: float, keys: int, roundoff: float) -> float:

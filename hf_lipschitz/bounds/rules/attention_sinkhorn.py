@@ -80,7 +80,7 @@ class SinkhornAttention(HeadAttention):
         when its column sums lie within 64 u of 1: then d <= cosh^2(tau) log(c_max / c_min) <= 2 gamma_{2N+80} / (1 -
         t^2). Sums are accumulated in float32 at least. Void for tau > 10, where products of scalings may underflow.
         """
-        n, fine = call.shapes[0][0], call.arithmetic.products
+        n, fine = call.shapes[0][0], call.arithmetic.sums
         reach = add_up(mul_up(reach, up(1.0 + gamma(head_width(call, "query") + 8, roundoff))), mul_up(8.0, roundoff))
         if not reach <= 10.0:
             return math.inf

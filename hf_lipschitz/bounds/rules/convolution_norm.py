@@ -49,6 +49,7 @@ _EXCESS = 1e-4  # how far mu is put above the largest eigenvalue found, half of 
 _MARGIN = 1e-6  # how far below what is to be proved a factorisation is tried
 _CHUNK = 2**21  # entries of Gram matrices computed together
 _CELLS, _FINEST = 512, 2.0**-9  # give up at that many cells a tap, or at that angle
+_TAPS = 1024  # kernels of more taps are not searched
 _WORK = 3 * 2**36  # or at cells whose factorisations multiply that often: 192 cells of 512 channels
 
 
@@ -68,7 +69,7 @@ def convolution_norm_upper(
     Returns:
         NormBound, relative excess at most 1e-4 (its ``slack`` says if more), method ``frequencies`` or ``flat``; of a
         kernel with one tap (a dense matrix) what ``spectral_norm_upper`` gives; ``fallback`` (root of the number of
-        taps times the Frobenius norm) if the search failed.
+        taps times the Frobenius norm) if the search failed, or for more than 1024 taps.
 
     Raises:
         KernelError: not a real, finite 4-D kernel, or rows that do not divide into the groups.
@@ -88,6 +89,8 @@ def convolution_norm_upper(
 
 def _squared(taps: Array, witness: float) -> tuple[float, str, float | None, float]:
     """Bound S^2: (bound, method, witness, estimate from below or 0)."""
+    if taps.shape[0] * taps.shape[1] > _TAPS:
+        return _by_frobenius(taps)
     symbol = _symbol(taps)
     if symbol.tail <= _EXCESS * symbol.mean:
         centre = spectral_norm_upper(_joined(taps), witness=witness or None)
@@ -98,6 +101,11 @@ def _squared(taps: Array, witness: float) -> tuple[float, str, float | None, flo
             found = _proved(symbol, mu, search)
             if found is not None:
                 return found[0], "frequencies", found[0], found[1]
+    return _by_frobenius(taps)
+
+
+def _by_frobenius(taps: Array) -> tuple[float, str, float | None, float]:
+    """S <= sum_a |K_a| <= sqrt(number of taps) times the Frobenius norm."""
     norm = array_norm_up(taps)
     return mul_up(float(taps.shape[0] * taps.shape[1]), norm, norm), "fallback", None, 0.0
 
@@ -179,7 +187,8 @@ def _proved(symbol: _Symbol, mu: float, search: bool) -> tuple[float, float] | N
     fails.
     """
     nu, many, top = (max(symbol.taps) - 1) / 2.0, np.array(symbol.taps) > 1, 0.0
-    n, pieces, size = 2 ** math.ceil(math.log2(8 * nu)), 3, max(1, _CHUNK // math.prod(symbol.shape))
+    n, pieces = 2 ** math.ceil(math.log2(8 * nu)), 3
+    size = max(1, _CHUNK // max(math.prod(symbol.shape), len(symbol.shifts)))
     budget = min(_CELLS * math.prod(symbol.taps), _WORK // (math.prod(symbol.shape) * symbol.shape[1] * 8))
     single = bool(many.all()) and n * (n + 1) * pieces**2 > budget
     n = max(math.ceil(4 * nu), math.isqrt(budget)) if single else n

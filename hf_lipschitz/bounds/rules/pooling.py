@@ -106,7 +106,7 @@ class _WindowPool(Rule):
         need(room >= 0, f"a window that spans {d * (k - 1) + 1} pixels exceeds {n} + 2 x {p}")
         count = (room + (s - 1 if call.attrs["ceil"] else 0)) // s + 1
         count -= (count - 1) * s >= n + p
-        need(count * k <= 2**24, f"{count} windows of {k} pixels are too many")
+        need(count <= 2**14 and count * k <= 2**20, f"{count} windows of {k} pixels are too many")
         spans: list[Array] = [np.arange(start, start + d * k, d) for start in range(-p, count * s - p, s)]
         held: list[Array] = [span[(span >= 0) & (span < n)] for span in spans]
         need(all(each.size for each in held), f"a window of {k} pixels holds padding alone: use less than {p}")

@@ -39,7 +39,7 @@ _UNARY: dict[str, Callable[[Enclosure], Enclosure]] = {
 # rounded, exp, softplus and sigmoid are composed of library calls, for which 8 is an assumption.
 _FORWARD_ULPS = {"add": 1, "sub": 1, "mul": 1, "div": 1, "sqrt": 1, "exp": 8, "softplus": 8, "sigmoid": 8, "max": 0}
 MAX_ENTRIES = 65536
-MAX_COST = 2**22  # of all expressions of one program: about a minute
+MAX_COST = 2**18  # of all expressions of one program: some seconds at every reading
 
 
 def check_expression(expression: Any, where: str) -> None:

@@ -15,6 +15,8 @@ TOKEN_MIXERS = ("shift", "orthogonal", "attention", "hybrid")
 ACTIVATIONS = ("maxmin", "abs", "group_sort")
 ATTENTION_NORMALIZATIONS = ("softmax", "sinkhorn")
 POOLINGS = ("l2", "sum")
+# Keys that configurations once had not, with what was so before them: defaults may change, saved folders must not.
+_BEFORE = {"attention_normalization": "softmax"}
 _INTEGERS = {
     "image_size": (1, 65536),
     "num_channels": (1, 65536),
@@ -44,8 +46,9 @@ class LipViTConfig(PreTrainedConfig):
             orthogonal map.
         token_mixer (`str`): `"shift"`, `"orthogonal"`, `"attention"` or `"hybrid"` (shift and attention alternating).
         num_attention_heads (`int`): heads of the attention mixers; divides every width that has one.
-        attention_normalization (`str`): `"softmax"` (every query's weights sum to one) or `"sinkhorn"` (and every
-            key's too, which takes the factor sqrt(c) out of the bound) in the attention mixers.
+        attention_normalization (`str`): of the attention mixers: `"sinkhorn"` (the weights of every query and of
+            every key sum to one, which takes the factor sqrt(c) out of the bound) or `"softmax"` (of every query). A
+            saved configuration without this key means softmax.
         shift_fraction (`float`): share of the channels that each of the four shifts moves (at least one channel).
         activation (`str`): `"maxmin"`, `"abs"` (on `abs_fraction` of the channels) or `"group_sort"` (groups of
             `group_size`).
@@ -106,6 +109,11 @@ class LipViTConfig(PreTrainedConfig):
         if name not in PRESETS:
             raise ValueError(f"unknown preset {name!r}; known: {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A configuration as it was saved: where a key is missing, what was so before the key existed."""
+        return super().from_dict({**_BEFORE, **config_dict}, **kwargs)
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoConfig") -> None:
