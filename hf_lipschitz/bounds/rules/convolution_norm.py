@@ -20,10 +20,10 @@ that fail) raise mu while it is sought; a witness is a mu for which nothing need
 smaller mu stays discarded. Kernels are real, M(-theta) is the conjugate of M(theta): theta_2 in [0, pi] is enough.
 
 If the cells become too many, mu is raised to what the last level allows, and the excess is that level's. Kernels so
-wide that a second level would be too many (300 channels) have one level, as fine as may be: 3 % at 512. Flat spectra,
-which would need that, have another proof: S^2 <= lambda_max(R_0) + 2 sum_{d > 0} ||R_d||_F with the matrices below,
-d > 0 one of each pair +-d. R_0 is the mean of M M* over all theta, so that S^2 >= lambda_max(R_0): where the sum is
-small (orthogonal convolutions) this is as tight.
+wide that a second level would be too many (200 channels) have one level, as fine as may be: 1 % at 256, 8 % at 512.
+Flat spectra, which would need that, have another proof: S^2 <= lambda_max(R_0) + 2 sum_{d > 0} ||R_d||_F with the
+matrices below, d > 0 one of each pair +-d. R_0 is the mean of M M* over all theta, so that S^2 >= lambda_max(R_0):
+where the sum is small (orthogonal convolutions) this is as tight.
 
 *Rounding.* M M* = sum_d R_d e^{-i<d, theta>}, R_d = sum_{a - b = d} K_a K_b^T, is summed directly, with <d, (i, j)>
 reduced mod 2N in integers. Products of n terms err by gamma_n, each cosine and sine by 21u (angle and library; 64u is
@@ -50,7 +50,7 @@ _MARGIN = 1e-6  # how far below what is to be proved a factorisation is tried
 _CHUNK = 2**21  # entries of Gram matrices computed together
 _CELLS, _FINEST = 512, 2.0**-9  # give up at that many cells a tap, or at that angle
 _TAPS = 1024  # kernels of more taps are not searched
-_WORK = 3 * 2**36  # or at cells whose factorisations multiply that often: 192 cells of 512 channels
+_WORK = 2**36  # or at cells whose factorisations multiply that often: 64 cells of 512 channels
 
 
 def convolution_norm_upper(
