@@ -20,6 +20,7 @@ from tests.bounds.search import ask
 from tests.second_checker.exact import Interval, exactly
 from tests.second_checker.formula import BRAIN, SINGLE, Asked, Extent, Formula, Precision
 from tests.second_checker.norms import fractions_of
+from tests.second_checker.table import FORMULAS
 from tests.second_checker.walk import asked, rounding, walk
 
 # Strays of float scalars are differences of nearly equal floats in the kernel: good to this part at 2**-24.
@@ -117,7 +118,7 @@ def compare_program(
     bound = bound_program(program, weights, rules, geometry=geometry)
     json_program = program.to_json()
     found = walk(json_program, weights, geometry)
-    slack = 1e-9 * len(program.nodes)
+    slack = 1e-9 * len(program.nodes) + 2.0 * sum(FORMULAS[node.op].slack for node in program.nodes)
     for index, (kernel, exact) in enumerate(zip(bound.nodes, found, strict=True)):
         where = f"node {index} ({program.nodes[index].op}) in {geometry}"
         if bound.shapes[index] != exact.shape:
