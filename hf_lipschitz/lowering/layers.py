@@ -173,7 +173,7 @@ def mean(b: Builder, a: Arguments) -> Value:
     x = b.activation(a["self"])
     dims = a.get("dim")
     axes = sorted({axis % len(x.shape) for axis in ([dims] if isinstance(dims, int) else dims or range(len(x.shape)))})
-    b.need(0 not in axes, "it averages over the batch", "compute every sample by itself")
+    b.need(0 not in axes, "it combines the samples of a batch", "compute every sample by itself")
     kept = [axis for axis in range(1, len(x.shape)) if axis not in axes]
     count, channels = (math.prod(x.shape[axis] for axis in part) for part in (axes, kept))
     if axes == [2, 3] and len(x.shape) == 4:

@@ -275,7 +275,7 @@ REFUSED: tuple[Refused, ...] = (
     _says("dropout", lambda x: F.dropout(x), (4,), says="dropout .* random in evaluation mode too; pass training=self"),
     _says("noise", lambda x: x + torch.randn_like(x), (4,), says=r"1 \(Written\): randn_like cannot be certified"),
     _says("batch reversed", lambda x: x.flip(0), (4,), says="flip cannot be certified"),
-    _says("batch centred", lambda x: x - x.mean(0), (4,), says="mean .* it averages over the batch"),
+    _says("batch centred", lambda x: x - x.mean(0), (4,), says="mean .* it combines the samples of a batch"),
     _says("batch joined", lambda x: torch.cat([x, x], 0), (4,), says="cat .* it makes the batch larger"),
     _says("batch cut", lambda x: x[:1] * 2, (4,), says="it takes some samples of the batch"),
     _says("batch moved", lambda x, a: F.linear(x.t(), a).t(), (4,), (2, 2), says="does not keep the batch as its lead"),
