@@ -106,8 +106,7 @@ def _squared(taps: Array, witness: float) -> tuple[float, str, float | None, flo
 
 def _by_frobenius(taps: Array) -> tuple[float, str, float | None, float]:
     """S <= sum_a |K_a| <= sqrt(number of taps) times the Frobenius norm."""
-    norm = array_norm_up(taps)
-    return mul_up(float(taps.shape[0] * taps.shape[1]), norm, norm), "fallback", None, 0.0
+    return mul_up(float(taps.shape[0] * taps.shape[1]), *[array_norm_up(taps)] * 2), "fallback", None, 0.0
 
 
 def _unshuffled(kernel: Array, stride: tuple[int, int], groups: int) -> Array:
@@ -190,10 +189,8 @@ def _proved(symbol: _Symbol, mu: float, search: bool) -> tuple[float, float] | N
     n, pieces = 2 ** math.ceil(math.log2(8 * nu)), 3
     size = max(1, _CHUNK // max(math.prod(symbol.shape), len(symbol.shifts)))
     budget = min(_CELLS * math.prod(symbol.taps), _WORK // (math.prod(symbol.shape) * symbol.shape[1] * 8))
-    single = bool(many.all()) and n * (n + 1) * pieces**2 > budget
-    n = max(math.ceil(4 * nu), math.isqrt(budget)) if single else n
-    points = np.argwhere(np.indices((2 * n, n + 1)).sum(axis=0) % 2 == 0)
-    points = points[np.all(points[:, ~many] == 0, axis=1)]  # no axis but those with several taps is searched
+    once, points = math.isqrt(budget), _grid(n, many)
+    wide, single = bool(many.all()) and once > n, bool(many.all()) and once <= n
     while len(points) <= 2 * budget and math.pi * nu / n > _FINEST:
         cosine2, failed = math.cos(math.pi * nu / n * (1.0 + 1e-15)) ** 2 * (1.0 - 1e-14), list[tuple[Array, bool]]()
         for start in range(0, len(points), size):
@@ -205,6 +202,10 @@ def _proved(symbol: _Symbol, mu: float, search: bool) -> tuple[float, float] | N
                     if search and not low:
                         top = max(top, float(np.linalg.eigvalsh(gram).max()))
                         mu = max(mu, top * (1.0 + _EXCESS))
+        if wide and len(failed) * pieces**2 > budget:  # one level as fine as may be is better than this and no more
+            n, wide, single, points = once, False, True, _grid(once, many)
+            continue
+        wide = False
         if search and (single or len(failed) * pieces**2 > budget):
             mu, pieces, single = mu / cosine2 * (1.0 + 2.0 * _MARGIN), 1, False
             failed = [(point, low) for point, low in failed if not low]  # what is below the old mu is below mu cos^2
@@ -213,6 +214,12 @@ def _proved(symbol: _Symbol, mu: float, search: bool) -> tuple[float, float] | N
         points = (pieces * np.array([point for point, _ in failed])[:, None] + _moves(pieces, many)).reshape(-1, 2)
         n, pieces = n * pieces, 2
     return None
+
+
+def _grid(n: int, many: Array) -> Array:
+    """Centres of the first diamonds, in units of pi / n; no axis but those with several taps is searched."""
+    points = np.argwhere(np.indices((2 * n, n + 1)).sum(axis=0) % 2 == 0)
+    return points[np.all(points[:, ~many] == 0, axis=1)]
 
 
 def _moves(pieces: int, many: Array) -> Array:
