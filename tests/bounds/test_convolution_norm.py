@@ -332,3 +332,11 @@ def test_wrong_products_are_refused() -> None:
     assert np.array_equal(convolution_norm._product(left, right), left @ right)
     with pytest.raises(KernelError, match="plain sums"):
         convolution_norm._product(left.view(Wrong), right)
+
+
+def test_a_huge_kernel_is_not_searched() -> None:
+    """Its autocorrelation alone could exhaust a verifier; the bound falls back on the Frobenius norm, and says so."""
+    kernel = np.random.default_rng(0).standard_normal((1, 1, 128, 128))
+    found = convolution_norm_upper(kernel)
+    assert found.method == "fallback" and found.value >= 128.0 * np.linalg.norm(kernel)
+    assert convolution_norm_upper(kernel, stride=(128, 128)).value < 1.001 * np.linalg.norm(kernel)

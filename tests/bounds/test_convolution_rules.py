@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from hf_lipschitz.bounds.engine import bound_program
 from hf_lipschitz.bounds.errors import KernelError
-from hf_lipschitz.bounds.program import Node
+from hf_lipschitz.bounds.program import Node, Program
 from hf_lipschitz.bounds.rounding import UNIT_ROUNDOFF, Array
 from hf_lipschitz.bounds.rule import Size
 from hf_lipschitz.bounds.rules.convolution import ConvolutionBatchNorm
@@ -322,3 +323,14 @@ def test_scale_of_batch_norm_is_rounded_up() -> None:
         gain = Fraction(claimed_constant(example, "l2")) ** 2
         exact = Fraction(float(weight[0])) ** 2 / (Fraction(float(variance[0])) + Fraction(1e-5))
         assert exact <= gain <= exact * (1 + Fraction(1, 10**14))
+
+
+@pytest.mark.parametrize("op", ["max_pool@1", "average_pool@1"])
+def test_pools_of_too_many_windows_are_refused(op: str) -> None:
+    """Windows are listed one by one: a million of them in every node would take a verifier days."""
+    attrs: dict[str, Any] = {"kernel": [1, 1], "stride": [1, 1], "padding": [0, 0], "ceil": False}
+    attrs |= {"dilation": [1, 1]} if op == "max_pool@1" else {"count_padding": True}
+    first = Node("input@1", attrs={"shape": [1, 1, 65536], "space": "pixels[0,1]"})
+    program = Program((first, Node(op, (0,), attrs)), {"features": 1, "logits": 1})
+    with pytest.raises(KernelError, match="are too many"):
+        bound_program(program, {}, BUILT_IN)
