@@ -26,6 +26,7 @@ from hf_lipschitz.bounds.engine import ProgramBound, bound_program, node_calls
 from hf_lipschitz.bounds.program import Program
 from hf_lipschitz.bounds.rounding import Enclosure, U, add_up, array_norm_up, mul_up, sqrt_up, up
 from hf_lipschitz.bounds.rule import Call, NormTable, Rule, Size, tightened
+from hf_lipschitz.bounds.rules.attention_heads import column_roots
 from hf_lipschitz.bounds.rules.table import BUILT_IN
 from hf_lipschitz.evaluation.radii import normalized_rows
 
@@ -172,7 +173,7 @@ def _attention(rule: Rule, one: Call, other: Call, incoming: tuple[Size, ...]) -
     """
     n, heads = one.shapes[0][0], one.attrs["heads"]
     tau, radius = (_larger(one, other, slot, heads) for slot in ("temperature", "radius"))
-    column = 1.0 if rule.op.startswith("sinkhorn") else _column_root(float(tau.max()), n)
+    column = 1.0 if rule.op.startswith("sinkhorn") else max(column_roots(tau, n, n))
     strength = float(np.max(np.nextafter(tau * radius, np.inf)))
     apart = _difference(one, other)
     factor = {"value": column, "query": strength, "key": mul_up(strength, column)}
@@ -186,13 +187,6 @@ def _attention(rule: Rule, one: Call, other: Call, incoming: tuple[Size, ...]) -
 
 def _larger(one: Call, other: Call, slot: str, heads: int) -> Array:
     return np.broadcast_to(np.maximum(one.scalars[slot].high, other.scalars[slot].high), (heads,))
-
-
-def _column_root(tau: float, n: int) -> float:
-    """sqrt(N / (1 + (N - 1) e^{-2 tau})), rounded up."""
-    decay = Enclosure.exactly(-2.0 * tau).exp()
-    column = Enclosure.exactly(float(n)) / (Enclosure.exactly(1.0) + Enclosure.exactly(float(n - 1)) * decay)
-    return float(column.sqrt().high)
 
 
 def _scalar_change(one: Call, other: Call, slot: str) -> float:
