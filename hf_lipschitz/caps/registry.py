@@ -23,32 +23,40 @@ class Cap:
         name: as in recipes and ``config.constraints``.
         function: ``function(weight, *, value)``, weights of shape (..., m, n).
         norm: the norm it bounds, a key of ``verified_norms.NORMS``.
-        scalar: ``scalar(norms, value)``, its exact action on one matrix's singular values (norm "spectral") or row
-            norms (norm "row"), in real arithmetic: the oracle of the tests.
+        scalar: ``scalar(norms, value, reach)``, its exact action on one matrix's singular values (norm "spectral") or
+            row norms (norm "row"), in real arithmetic: the oracle of the tests. ``reach`` is the bound of the norm
+            from which it starts; caps without ``uses_reach`` ignore it.
+        uses_reach: the function also takes ``reach``, a bound of each matrix's norm that is known already; without one
+            it computes a proved bound itself.
+        keeps: a matrix that satisfies its constraint stays as it is, so that whoever knows this need not call it.
+        promises: the norm is at most the value afterwards. False for what only pushes towards it.
     """
 
     name: str
     function: Callable[..., Tensor]
     norm: str
-    scalar: Callable[[np.ndarray, float], np.ndarray]
+    scalar: Callable[[np.ndarray, float, float], np.ndarray]
+    uses_reach: bool = False
+    keeps: bool = True
+    promises: bool = True
 
 
-def _stiefel_scalar(singular_values: np.ndarray, value: float) -> np.ndarray:
+def _stiefel_scalar(singular_values: np.ndarray, value: float, reach: float) -> np.ndarray:
     return np.where(singular_values > 0.0, value, 0.0)
 
 
-def _spectral_normalize_scalar(singular_values: np.ndarray, value: float) -> np.ndarray:
+def _spectral_normalize_scalar(singular_values: np.ndarray, value: float, reach: float) -> np.ndarray:
     return singular_values / max(1.0, float(np.max(singular_values)) / value)
 
 
-def _row_normalize_scalar(row_norms: np.ndarray, value: float) -> np.ndarray:
+def _row_normalize_scalar(row_norms: np.ndarray, value: float, reach: float) -> np.ndarray:
     return np.minimum(row_norms, value)
 
 
 CAPS: dict[str, Cap] = {
     cap.name: cap
     for cap in (
-        Cap("stiefel", stiefel, "spectral", _stiefel_scalar),
+        Cap("stiefel", stiefel, "spectral", _stiefel_scalar, keeps=False),
         Cap("spectral_normalize", spectral_normalize, "spectral", _spectral_normalize_scalar),
         Cap("row_normalize", row_normalize, "row", _row_normalize_scalar),
     )

@@ -11,17 +11,15 @@ class CapCase:
 
     Attributes:
         tolerance: relative distance to the oracle, in units of the value, for float32 weights.
-        keeps_what_satisfies: a weight within its constraint is returned bit for bit.
         needs_full_rank: the scalar function describes matrices of full rank only.
     """
 
     tolerance: float
-    keeps_what_satisfies: bool
     needs_full_rank: bool = False
 
 
 CASES: dict[str, CapCase] = {
-    "stiefel": CapCase(tolerance=4e-6, keeps_what_satisfies=False, needs_full_rank=True),
-    "spectral_normalize": CapCase(tolerance=2e-6, keeps_what_satisfies=True),
-    "row_normalize": CapCase(tolerance=2e-7, keeps_what_satisfies=True),
+    "stiefel": CapCase(tolerance=4e-6, needs_full_rank=True),
+    "spectral_normalize": CapCase(tolerance=2e-6),
+    "row_normalize": CapCase(tolerance=2e-7),
 }
