@@ -9,8 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from hf_lipschitz.caps.decay import decay
 from hf_lipschitz.caps.row_normalize import row_normalize
 from hf_lipschitz.caps.spectral_normalize import spectral_normalize
+from hf_lipschitz.caps.spectral_power_cap import power_cap_limit, spectral_power_cap
+from hf_lipschitz.caps.spectral_soft_cap import LIMIT, soft_cap_strength, spectral_soft_cap
 from hf_lipschitz.caps.stiefel import stiefel
 from hf_lipschitz.errors import UserError
 
@@ -53,11 +56,31 @@ def _row_normalize_scalar(row_norms: np.ndarray, value: float, reach: float) -> 
     return np.minimum(row_norms, value)
 
 
+def _decay_scalar(singular_values: np.ndarray, value: float, reach: float) -> np.ndarray:
+    return singular_values * (value / max(value, reach))
+
+
+def _soft_cap_scalar(singular_values: np.ndarray, value: float, reach: float) -> np.ndarray:
+    within = min(reach, LIMIT * value * (1.0 - 1e-9))
+    x = singular_values * (within / reach)
+    t = soft_cap_strength(value, within) * x**2
+    return x * (1.0 - 3.0 * t**2 + 3.0 * t**3 - t**4)
+
+
+def _power_cap_scalar(singular_values: np.ndarray, value: float, reach: float) -> np.ndarray:
+    within = min(reach, power_cap_limit(5) * value)
+    x = singular_values * (within / reach)
+    return x - max(0.0, within - value) * (x / within) ** 5
+
+
 CAPS: dict[str, Cap] = {
     cap.name: cap
     for cap in (
         Cap("stiefel", stiefel, "spectral", _stiefel_scalar, keeps=False),
         Cap("spectral_normalize", spectral_normalize, "spectral", _spectral_normalize_scalar),
+        Cap("spectral_soft_cap", spectral_soft_cap, "spectral", _soft_cap_scalar, uses_reach=True),
+        Cap("spectral_power_cap", spectral_power_cap, "spectral", _power_cap_scalar, uses_reach=True),
+        Cap("decay", decay, "spectral", _decay_scalar, uses_reach=True),
         Cap("row_normalize", row_normalize, "row", _row_normalize_scalar),
     )
 }

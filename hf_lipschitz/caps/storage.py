@@ -49,18 +49,26 @@ def store_within(exact_SMN: Tensor, bounds: Sequence[float], value: float, dtype
     Returns:
         Stack of the same shape in ``dtype``.
     """
-    if dtype == torch.float32 and value > _SMALLEST:
+    if stores_without_check(dtype, value):
         aim = value * (1.0 - storage_slack(*exact_SMN.shape[-2:]))
         factors = torch.tensor([aim / bound for bound in bounds], dtype=torch.float64, device=exact_SMN.device)
         return (exact_SMN * factors[:, None, None]).to(dtype)
     stored = [
-        _round_strictly(matrix, value / bound, value, dtype) for matrix, bound in zip(exact_SMN, bounds, strict=True)
+        store_strictly(matrix, value / bound, value, dtype) for matrix, bound in zip(exact_SMN, bounds, strict=True)
     ]
     return torch.stack(stored) if stored else exact_SMN.to(dtype)
 
 
-def _round_strictly(exact_MN: Tensor, factor: float, value: float, dtype: torch.dtype) -> Tensor:
-    """Round, verify, shrink, repeat; ends, because the shrinking doubles until the zero matrix is left."""
+def stores_without_check(dtype: torch.dtype, value: float) -> bool:
+    """Whether ``storage_slack`` covers the rounding to this dtype; else the stored matrix must be verified."""
+    return dtype == torch.float32 and value > _SMALLEST
+
+
+def store_strictly(exact_MN: Tensor, factor: float, value: float, dtype: torch.dtype) -> Tensor:
+    """Scale by ``factor``, round, verify, shrink, repeat, until the stored norm is at most ``value``.
+
+    It ends, because the shrinking doubles until the zero matrix is left.
+    """
     shrink = torch.finfo(dtype).eps / 16
     for _ in range(_ATTEMPTS):
         stored = (exact_MN * factor).to(dtype)

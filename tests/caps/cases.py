@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -11,15 +15,20 @@ class CapCase:
 
     Attributes:
         tolerance: relative distance to the oracle, in units of the value, for float32 weights.
+        settings: further arguments of the function that make it follow closely.
         needs_full_rank: the scalar function describes matrices of full rank only.
     """
 
     tolerance: float
+    settings: Mapping[str, Any] = field(default_factory=dict)
     needs_full_rank: bool = False
 
 
 CASES: dict[str, CapCase] = {
     "stiefel": CapCase(tolerance=4e-6, needs_full_rank=True),
     "spectral_normalize": CapCase(tolerance=2e-6),
+    "spectral_soft_cap": CapCase(tolerance=3e-5, settings={"compute_dtype": torch.float64}),
+    "spectral_power_cap": CapCase(tolerance=3e-5, settings={"compute_dtype": torch.float64}),
+    "decay": CapCase(tolerance=2e-6),
     "row_normalize": CapCase(tolerance=2e-7),
 }
