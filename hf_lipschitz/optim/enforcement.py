@@ -1,14 +1,15 @@
 """``Enforcer``: makes the constraints of a model true, and says with proved norms how true they are.
 
-It works after any optimizer's step, because it looks at weights only. Parameters are looked up by name each time:
-FSDP and accelerate replace parameter objects after construction.
+It works after any optimizer's step, because it looks at weights only; where the optimizer knows the norm of its
+updates it carries bounds along instead (``NormBounds``), computes no norm in a step, and caps only what may exceed.
+Parameters are looked up by name each time: FSDP and accelerate replace parameter objects after construction.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from hf_lipschitz.bounds.errors import KernelError
 from hf_lipschitz.caps.arithmetic import NonFiniteWeightError, stack_pays
 from hf_lipschitz.caps.verified_norms import NORMS, split_heads
 from hf_lipschitz.errors import UserError
+from hf_lipschitz.optim.norm_bounds import NormBounds
 from hf_lipschitz.optim.routing import Constraint, Route, bare_model, constraints_of, route
 
 # Equal matrices are capped as one stack up to this many entries; benchmarks/stacking.py measures where it stops to pay.
@@ -31,19 +33,30 @@ class Enforcer:
     Args:
         model: the model, possibly compiled or wrapped for distributed data parallelism.
         constraints: rules in order, or their plain data; None takes ``model.config.constraints``.
+        headroom: share of a cap by which a *tracked* matrix is brought below it once its bound exceeds it. The next
+            cap of that matrix is due after about ``headroom value / lr`` steps; 0 caps in each step once the bound has
+            reached the value. The constraint holds after every step either way.
 
     Raises:
-        UserError: see ``routing.route``.
+        UserError: see ``routing.route``; a headroom that is not in [0, 1).
     """
 
-    def __init__(self, model: nn.Module, constraints: Sequence[Constraint | Mapping[str, Any]] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        constraints: Sequence[Constraint | Mapping[str, Any]] | None = None,
+        *,
+        headroom: float = 0.0,
+    ) -> None:
+        if not 0.0 <= headroom < 1.0:
+            raise UserError(f"headroom is {headroom!r}: give the share of a cap to go below it, in [0, 1)")
+        self.headroom = headroom
         self.model = bare_model(model)
         rules = constraints_of(model) if constraints is None else constraints
         self.routes: tuple[Route, ...] = tuple(route(self.model.named_parameters(), rules))
 
-    @torch.no_grad()
     def apply(self, *, frozen: bool = True) -> None:
-        """Apply every constraint's cap in place; afterwards each stored parameter satisfies it.
+        """Apply every constraint's cap in place; afterwards each stored parameter satisfies it, if the cap promises so.
 
         Args:
             frozen: also cap parameters that do not require a gradient; the optimizer's hook leaves those out.
@@ -52,14 +65,31 @@ class Enforcer:
             NonFiniteWeightError: a constrained parameter holds NaN or infinite entries; it is named.
             UserError: a parameter is missing or sharded.
         """
-        groups: dict[Any, list[tuple[str, Tensor]]] = defaultdict(list)
+        self._apply(frozen=frozen, bounds=None)
+
+    @torch.no_grad()
+    def _apply(self, *, frozen: bool, bounds: NormBounds | None) -> None:
+        groups: dict[Any, list[_Member]] = defaultdict(list)
         for rule, name, parameter in self._constrained():
-            if frozen or parameter.requires_grad:
-                alone = None if stack_pays(parameter, STACK_ENTRIES) else name
-                action = replace(rule, pattern="")  # two rules that differ in the pattern only are one action
-                groups[action, parameter.shape, parameter.dtype, parameter.device, alone].append((name, parameter))
-        for (action, *_), members in groups.items():
-            _cap_in_place(action, members)
+            if not frozen and not parameter.requires_grad:
+                continue
+            reach = None
+            if bounds is not None and bounds.tracks(rule, parameter):
+                reach = bounds.follow(parameter)
+                if reach <= rule.value and rule.capping.keeps:
+                    continue
+            alone = None if stack_pays(parameter, STACK_ENTRIES) else name
+            # Two rules that differ in the pattern only are one action.
+            action = (replace(rule, pattern=""), reach is not None)
+            groups[action, parameter.shape, parameter.dtype, parameter.device, alone].append(
+                _Member(name, parameter, reach)
+            )
+        for ((rule, is_tracked), *_), members in groups.items():
+            value = rule.value * (1.0 - self.headroom) if is_tracked and rule.capping.keeps else rule.value
+            _cap_in_place(rule, value, members)
+            if bounds is not None and is_tracked:
+                for member in members:
+                    bounds.capped(member.parameter, value)
 
     def excess(self) -> dict[str, float]:
         """By parameter name: (proved norm - value) / value of the stored numbers; at most 0 where the constraint holds.
@@ -82,17 +112,25 @@ class Enforcer:
         """The largest entry of ``excess``."""
         return max(self.excess().values())
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> RemovableHandle:
+    def attach(self, optimizer: torch.optim.Optimizer) -> Handles:
         """Apply the caps after each real step of an optimizer, until the handle's ``remove()``.
 
-        The hook is registered on the torch optimizer inside wrappers such as accelerate's, so it does not fire for
+        The hooks are registered on the torch optimizer inside wrappers such as accelerate's, so they do not fire for
         steps that a GradScaler skips.
         """
+        inner: Any = inner_optimizer(optimizer)
+        bounds = NormBounds(inner) if hasattr(inner, "update_norm") else None
+
+        def before_step(*_: Any) -> None:
+            if bounds is not None:
+                for rule, name, parameter in self._constrained():
+                    if parameter.requires_grad and bounds.tracks(rule, parameter):
+                        bounds.confirm(rule, name, parameter)
 
         def after_step(*_: Any) -> None:
-            self.apply(frozen=False)
+            self._apply(frozen=False, bounds=bounds)
 
-        return inner_optimizer(optimizer).register_step_post_hook(after_step)
+        return Handles(inner.register_step_pre_hook(before_step), inner.register_step_post_hook(after_step))
 
     def _constrained(self) -> list[tuple[Constraint, str, Tensor]]:
         parameters = dict(self.model.named_parameters())
@@ -119,14 +157,39 @@ def inner_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return inner_optimizer(inner) if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
-def _cap_in_place(rule: Constraint, members: list[tuple[str, Tensor]]) -> None:
+@dataclass(frozen=True)
+class _Member:
+    """A parameter to cap, and the tracked bound of its norm, if there is one."""
+
+    name: str
+    parameter: Tensor
+    reach: float | None
+
+
+class Handles:
+    """Several hooks that are removed together."""
+
+    def __init__(self, *handles: RemovableHandle) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        """Remove them all."""
+        for handle in self._handles:
+            handle.remove()
+
+
+def _cap_in_place(rule: Constraint, value: float, members: list[_Member]) -> None:
     """Cap equal parameters, as one stack where there are several."""
-    weights = [parameter if rule.heads is None else split_heads(parameter, rule.heads) for _, parameter in members]
+    parameters = [member.parameter for member in members]
+    weights = [parameter if rule.heads is None else split_heads(parameter, rule.heads) for parameter in parameters]
     weight = weights[0] if len(weights) == 1 else torch.stack(weights)
+    heads = rule.heads or 1
+    settings: dict[str, Any] = {}
+    if rule.capping.uses_reach and members[0].reach is not None:
+        settings["reach"] = [member.reach for member in members for _ in range(heads)]
     try:
-        capped = rule.capping.function(weight, value=rule.value)
+        capped = rule.capping.function(weight, value=value, **settings)
     except NonFiniteWeightError as error:
-        name = members[error.index // (rule.heads or 1)][0]
-        raise NonFiniteWeightError(error.cap, error.index, error.entry, name) from None
-    for (_, parameter), new in zip(members, capped.reshape(len(members), *members[0][1].shape), strict=True):
+        raise NonFiniteWeightError(error.cap, error.index, error.entry, members[error.index // heads].name) from None
+    for parameter, new in zip(parameters, capped.reshape(len(members), *parameters[0].shape), strict=True):
         parameter.copy_(new)

@@ -11,7 +11,6 @@ accelerate, FSDP and checkpoints may copy and replace what they like.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,16 +18,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from hf_lipschitz.caps.arithmetic import stack_pays
-from hf_lipschitz.caps.orthogonalize import orthogonalize, schedule
+from hf_lipschitz.caps.arithmetic import matmul_dtype
+from hf_lipschitz.caps.orthogonalize import UPDATE_NORM_BOUND, orthogonalize, schedule
 from hf_lipschitz.errors import UserError
-from hf_lipschitz.optim.routing import Constraint, bare_model, constraints_of, route
+from hf_lipschitz.optim.routing import Constraint, bare_model, constraints_of, read_constraints, route
+from hf_lipschitz.optim.stacks import MatrixStack, build_stack, stacked_parameters
 
 # Equal matrices are orthogonalised as one stack up to this size; benchmarks/stacking.py measures where it stops to pay.
 STACK_ENTRIES = 256 * 256
 
 _ROLE_KEYS = {
-    "matrix": ("lr", "momentum", "nesterov", "weight_decay", "steps"),
+    "matrix": ("lr", "momentum", "nesterov", "weight_decay", "steps", "split"),
     "other": ("lr", "beta1", "beta2", "eps", "weight_decay"),
 }
 
@@ -42,8 +42,9 @@ class SpectralMuon(torch.optim.Optimizer):
 
     Args:
         groups: parameter groups, each with ``"params"`` and ``"role"``, "matrix" or "other"; a group may override any
-            number below under its own name (matrix: lr, momentum, nesterov, weight_decay, steps; other: lr, beta1,
-            beta2, eps, weight_decay). ``from_model`` builds them.
+            number below under its own name (matrix: lr, momentum, nesterov, weight_decay, steps, split; other: lr,
+            beta1, beta2, eps, weight_decay). ``split`` is the number of row blocks of a matrix that are orthogonalised
+            each for itself (heads of an attention, or a fused q/k/v). ``from_model`` builds the groups.
         lr: spectral norm of one update of a matrix.
         momentum: share of the old average in the new one, in [0, 1).
         nesterov: orthogonalise the mix of gradient and average instead of the average.
@@ -83,6 +84,7 @@ class SpectralMuon(torch.optim.Optimizer):
                 "nesterov": nesterov,
                 "weight_decay": weight_decay,
                 "steps": steps,
+                "split": 1,
             },
             "other": {
                 "lr": adamw_lr,
@@ -92,7 +94,15 @@ class SpectralMuon(torch.optim.Optimizer):
                 "weight_decay": adamw_weight_decay,
             },
         }
+        #: The rules from which ``from_model`` built the groups, as plain data; None for groups given by hand.
+        self.constraints: list[dict[str, Any]] | None = None
+        self._forget()
         super().__init__(groups, {"lr": lr})
+
+    def _forget(self) -> None:
+        """Drop what is derived from groups and states: stacks by group, and work memory."""
+        self._stacks: dict[int, list[MatrixStack]] = {}
+        self._work: dict[Any, Tensor] = {}
 
     @classmethod
     def from_model(
@@ -105,6 +115,8 @@ class SpectralMuon(torch.optim.Optimizer):
     ) -> SpectralMuon:
         """Build the groups: what a cap of the spectral norm bounds is a "matrix", everything else is "other".
 
+        A matrix with a cap on each head is orthogonalised head by head.
+
         Args:
             model: the model; parameters that do not require a gradient are left out.
             constraints: rules or their plain data; None takes ``model.config.constraints``.
@@ -115,22 +127,37 @@ class SpectralMuon(torch.optim.Optimizer):
         """
         model = bare_model(model)
         parameters = dict(model.named_parameters())
-        routes = route(parameters.items(), constraints_of(model) if constraints is None else constraints)
-        groups: list[dict[str, Any]] = []
-        for role in ("matrix", "other"):  # matrices first: the Trainer logs the first group's learning rate
-            members = [parameters[line.name] for line in routes if line.role == role]
-            members = [parameter for parameter in members if parameter.requires_grad]
-            if members:
-                groups.append({"params": members, "role": role})
-            elif role == "matrix":
-                raise UserError(
-                    "no trainable matrix has a cap of its spectral norm, so SpectralMuon would be plain AdamW: add a "
-                    "rule, or use torch.optim.AdamW"
-                )
-        return cls(groups, lr=lr, **settings)
+        rules = read_constraints(constraints_of(model) if constraints is None else constraints)
+        members: dict[int, list[Tensor]] = {}
+        for line in route(parameters.items(), rules):
+            if parameters[line.name].requires_grad:
+                heads = line.constraint.heads if line.constraint is not None else None
+                members.setdefault((heads or 1) if line.role == "matrix" else 0, []).append(parameters[line.name])
+        others = members.pop(0, [])
+        if not members:
+            raise UserError(
+                "no trainable matrix has a cap of its spectral norm, so SpectralMuon would be plain AdamW: add a rule, "
+                "or use torch.optim.AdamW"
+            )
+        # Matrices first: the Trainer logs the first group's learning rate.
+        groups: list[dict[str, Any]] = [
+            {"params": members[split], "role": "matrix", "split": split} for split in sorted(members)
+        ]
+        if others:
+            groups.append({"params": others, "role": "other"})
+        optimizer = cls(groups, lr=lr, **settings)
+        optimizer.constraints = [rule.to_dict() for rule in rules]
+        return optimizer
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_role_defaults": self._role_defaults}
+        return {**super().__getstate__(), "_role_defaults": self._role_defaults, "constraints": self.constraints}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+        for group in self.param_groups:
+            if group.get("role") == "matrix":
+                group.setdefault("split", 1)  # states saved before there was one
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; see the class for its keys."""
@@ -150,6 +177,12 @@ class SpectralMuon(torch.optim.Optimizer):
                     self.param_groups.pop()
                     raise UserError(
                         f"a parameter of shape {shape} is no matrix: put it in a group with the role 'other'"
+                    )
+                if parameter.shape[0] % group["split"]:
+                    shape = tuple(parameter.shape)
+                    self.param_groups.pop()
+                    raise UserError(
+                        f"the rows of a parameter of shape {shape} do not divide into split={group['split']} blocks"
                     )
 
     @torch.no_grad()
@@ -171,9 +204,9 @@ class SpectralMuon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._check_gradients()
-        for group in self.param_groups:
+        for index, group in enumerate(self.param_groups):
             if group["role"] == "matrix":
-                self._step_matrices(group)
+                self._step_matrices(index, group)
             else:
                 self._step_others(group)
         return loss
@@ -188,40 +221,50 @@ class SpectralMuon(torch.optim.Optimizer):
                 raise ValueError(
                     "SpectralMuon cannot update sharded parameters, a shard has another norm than its matrix"
                 )
-        gradients = [parameter.grad for parameter in found]
-        if not torch.isfinite(nn.utils.get_total_norm(gradients, norm_type=math.inf)):
-            bad = next(p for p in found if not torch.isfinite(p.grad).all())
+        # A sum is finite only if all its terms are, and several times faster than a largest magnitude; finite terms may
+        # overflow it, so it never refuses alone.
+        sums = [parameter.grad.sum() for parameter in found]
+        if not sums or bool(torch.isfinite(torch.stack([total.to(sums[0]) for total in sums])).all()):
+            return
+        bad = next((p for p in found if not torch.isfinite(p.grad).all()), None)
+        if bad is not None:
             raise NonFiniteGradientError(
                 f"the gradient of a parameter of shape {tuple(bad.shape)} holds NaN or infinite entries and nothing "
                 "was updated: lower the learning rate, clip gradients, or train in a dtype of wider range"
             )
 
-    def _step_matrices(self, group: dict[str, Any]) -> None:
-        stacks: dict[Any, list[tuple[Tensor, Tensor]]] = defaultdict(list)
-        for parameter in group["params"]:
-            if parameter.grad is None:
-                continue
-            alone = None if stack_pays(parameter, STACK_ENTRIES) else len(stacks)
-            key = (parameter.shape, parameter.dtype, parameter.device, alone)
-            stacks[key].append((parameter, self._direction(parameter, group)))
-        for members in stacks.values():
-            directions = [direction for _, direction in members]
-            stack = directions[0][None] if len(directions) == 1 else torch.stack(directions)
-            updates = orthogonalize(stack, steps=group["steps"])
-            for (parameter, _), update in zip(members, updates, strict=True):
-                if group["weight_decay"]:
-                    parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-group["lr"])
+    def _step_matrices(self, index: int, group: dict[str, Any]) -> None:
+        for stack in self._stacks_of(index, group):
+            stack.average(group["momentum"])
+            direction_SMN = stack.averages_SMN
+            if group["nesterov"]:
+                direction_SMN = stack.lookahead(group["momentum"], self._work_like(stack.averages_SMN))
+            updates_SMN = orthogonalize(direction_SMN, steps=group["steps"])
+            stack.move(updates_SMN, step=-group["lr"], keep=1.0 - group["lr"] * group["weight_decay"])
 
-    def _direction(self, parameter: Tensor, group: dict[str, Any]) -> Tensor:
-        """Update the average; what is to be orthogonalised."""
-        state = self.state[parameter]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-        gradient, average = parameter.grad, state["momentum_buffer"]
-        assert gradient is not None
-        average.lerp_(gradient, 1.0 - group["momentum"])
-        return gradient.lerp(average, group["momentum"]) if group["nesterov"] else average
+    def _stacks_of(self, index: int, group: dict[str, Any]) -> list[MatrixStack]:
+        """The group's matrices that have a gradient, in stacks: those of the last step, where nothing has changed."""
+        members = stacked_parameters((p for p in group["params"] if p.grad is not None), STACK_ENTRIES)
+        stacks = self._stacks.get(index, [])
+        same = len(stacks) == len(members) and all(
+            stack.split == group["split"] and stack.holds(parameters, self.state)
+            for stack, parameters in zip(stacks, members, strict=True)
+        )
+        if not same:
+            stacks = [build_stack(parameters, group["split"], self.state) for parameters in members]
+            self._stacks[index] = stacks
+        return stacks
+
+    def _work_like(self, tensor: Tensor) -> Tensor:
+        key = (tensor.shape, tensor.dtype, tensor.device)
+        if key not in self._work:
+            self._work[key] = torch.empty_like(tensor)
+        return self._work[key]
+
+    def update_norm(self, group: Mapping[str, Any], parameter: Tensor) -> float:
+        """A bound of the spectral norm of what a step subtracts from each block of a matrix, in units of ``lr``."""
+        wide = parameter.dtype == torch.float64
+        return UPDATE_NORM_BOUND[torch.float64 if wide else matmul_dtype(parameter.device)]
 
     def _step_others(self, group: dict[str, Any]) -> None:
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
@@ -229,7 +272,7 @@ class SpectralMuon(torch.optim.Optimizer):
             return
         for parameter in parameters:
             state = self.state[parameter]
-            if not state:
+            if "step" not in state:
                 state["step"] = torch.tensor(0.0)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)

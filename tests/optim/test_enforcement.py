@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_lipschitz.caps.arithmetic import NonFiniteWeightError
-from hf_lipschitz.caps.registry import CAPS, Cap
+from hf_lipschitz.caps.registry import CAPS
 from hf_lipschitz.errors import UserError
 from hf_lipschitz.optim import enforcement
 from hf_lipschitz.optim.enforcement import Enforcer, inner_optimizer
@@ -23,6 +24,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module, Any], torch.optim.Optimizer]] = {
     "AdamW": lambda model, rules: torch.optim.AdamW(model.parameters(), lr=0.1),
     "SGD": lambda model, rules: torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9),
 }
+PROMISING = sorted(name for name, cap in CAPS.items() if cap.promises)
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -71,7 +73,7 @@ def excess_under_pushes(optimizer_name: str, cap: str, dtype: torch.dtype, steps
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("cap", sorted(CAPS))
+@pytest.mark.parametrize("cap", PROMISING)
 @pytest.mark.parametrize("optimizer_name", sorted(OPTIMIZERS))
 def test_the_constraint_holds_after_each_of_200_adversarial_steps(
     optimizer_name: str, cap: str, dtype: torch.dtype
@@ -79,14 +81,17 @@ def test_the_constraint_holds_after_each_of_200_adversarial_steps(
     assert excess_under_pushes(optimizer_name, cap, dtype, steps=200) <= 0.0
 
 
-@pytest.mark.parametrize("cap", sorted(CAPS))
+@pytest.mark.parametrize("cap", PROMISING)
 @pytest.mark.parametrize("optimizer_name", sorted(OPTIMIZERS))
 def test_a_cap_that_allows_a_little_more_is_found(
     optimizer_name: str, cap: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = CAPS[cap]
-    too_much = Cap(cap, lambda weight, *, value: row.function(weight, value=1.02 * value), row.norm, row.scalar)
-    monkeypatch.setitem(CAPS, cap, too_much)
+
+    def too_much(weight, *, value, **settings):
+        return row.function(weight, value=1.1 * value, **settings)
+
+    monkeypatch.setitem(CAPS, cap, replace(row, function=too_much))
     assert excess_under_pushes(optimizer_name, cap, torch.float32, steps=12) > 0.0
 
 
@@ -225,7 +230,7 @@ def test_the_hook_goes_to_the_optimizer_inside_accelerates_wrapper() -> None:
         enforcer.attach(prepared)
         train(prepared_model, prepared, 2)
         assert enforcer.max_excess() <= 0.0
-        assert [group["role"] for group in optimizer.param_groups] == ["matrix", "other"]
+        assert [group["role"] for group in optimizer.param_groups] == ["matrix", "matrix", "other"]
     finally:
         for state in (AcceleratorState, GradientState, PartialState):
             state._reset_state()

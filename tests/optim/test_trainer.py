@@ -60,7 +60,7 @@ def trainer(folder: Path, **settings: Any) -> Any:
 def test_the_trainer_trains_logs_the_learning_rate_and_resumes_bit_for_bit(tmp_path: Path) -> None:
     built, enforcer = trainer(tmp_path / "a")
     assert isinstance(built.optimizer, SpectralMuon)
-    assert [group["lr"] for group in built.optimizer.param_groups] == [0.05, 3e-3]
+    assert [group["lr"] for group in built.optimizer.param_groups] == [0.05, 0.05, 3e-3]
     built.train()
     assert enforcer.max_excess() <= 0.0
     rates = [line["learning_rate"] for line in built.state.log_history if "learning_rate" in line]

@@ -1,0 +1,122 @@
+"""``NormBounds``: upper bounds of norms, carried from step to step instead of being computed anew.
+
+An optimizer whose update has a norm of at most u changes the bound b of a matrix to ``|1 - lr decay| b + lr u``, and a
+cap brings it down to the cap. No step needs a norm, then: one is computed, with a proof, before the first step and
+whenever somebody else has written to the weights (torch counts writes in ``tensor._version``; ``.data`` escapes that).
+The bounds lie in the optimizer's state as plain numbers, so that checkpoints carry them and a resumed run goes on bit
+for bit; after loading they are believed only if the weights' proved norms are within them.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hf_lipschitz.bounds.errors import KernelError
+from hf_lipschitz.caps.verified_norms import NORMS
+from hf_lipschitz.errors import UserError
+from hf_lipschitz.optim.routing import Constraint
+
+KEY = "norm_bound"
+_TRACKED = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}  # their unit roundoffs
+_UNDERFLOW = 1e-40  # covers results below the normal range of float32, which have no relative error
+
+
+class StaleStateWarning(UserWarning):
+    """An optimizer's state was loaded that belongs to other weights."""
+
+
+class KnownUpdates(Protocol):
+    """An optimizer that knows the norm of its updates, as SpectralMuon does.
+
+    Matrices are in groups with ``"role": "matrix"``, ``"lr"`` and ``"weight_decay"``.
+    """
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+
+    def update_norm(self, group: Mapping[str, Any], parameter: Tensor) -> float:
+        """A bound of the norm of what a step subtracts from each block of a matrix, in units of the learning rate."""
+        ...
+
+
+class NormBounds:
+    """The bounds of one optimizer's matrices.
+
+    Weights in 16-bit dtypes are not tracked: one rounding may raise their norm by more than a step does.
+    """
+
+    def __init__(self, optimizer: KnownUpdates) -> None:
+        self._optimizer = optimizer
+        self._known: dict[Tensor, tuple[int, float]] = {}  # version and bound at the last look
+
+    def tracks(self, rule: Constraint, parameter: Tensor) -> bool:
+        """Whether the parameter's norm follows from the optimizer's updates."""
+        is_spectral = rule.norm in ("spectral", "per_head") and rule.capping.promises
+        return is_spectral and parameter.dtype in _TRACKED and self._group(parameter) is not None
+
+    def confirm(self, rule: Constraint, name: str, parameter: Tensor) -> None:
+        """Before a step: the bound holds for the weights as they are, or is replaced by a proved norm.
+
+        Raises:
+            UserError: the weights have no norm (NaN or infinite entries).
+        """
+        stored = self._optimizer.state[parameter].get(KEY)
+        version, bound = self._known.get(parameter, (None, None))
+        if stored is not None and stored == bound and version == _version(parameter):
+            return
+        try:
+            norm = NORMS[rule.norm](parameter, rule.heads)
+        except KernelError as error:
+            raise UserError(f"parameter {name!r} has no norm: {error}") from error
+        is_new = bound is None or stored != bound
+        if is_new and stored is not None and norm <= stored:
+            self._set(parameter, stored)  # of a resumed run
+            return
+        if is_new and stored is not None:
+            warnings.warn(
+                f"the optimizer's state says that {name!r} has a norm of at most {stored:g}, and it has {norm:g}: the "
+                "state belongs to other weights, load the two from one checkpoint",
+                StaleStateWarning,
+                stacklevel=2,
+            )
+        self._set(parameter, norm)
+
+    def follow(self, parameter: Tensor) -> float:
+        """After a step: the bound of the norm now.
+
+        Rounding: the decayed weight and the sum are rounded once each, and the scaled update once; each moves an entry
+        by at most u relatively, which raises the norm by a factor of at most ``1 + u sqrt(k)`` (caps/storage.py).
+        """
+        version, bound = self._known[parameter]
+        group = self._group(parameter)
+        if group is not None and version != _version(parameter):
+            roundoff = _TRACKED[parameter.dtype]
+            step = group["lr"] * self._optimizer.update_norm(group, parameter)
+            bound = abs(1.0 - group["lr"] * group["weight_decay"]) * bound + step
+            bound = bound * (1.0 + 3.1 * roundoff * math.sqrt(min(parameter.shape)) + 1e-15) + _UNDERFLOW
+            self._set(parameter, bound)
+        return bound
+
+    def capped(self, parameter: Tensor, bound: float) -> None:
+        """After a cap: the bound that it promises."""
+        self._set(parameter, bound)
+
+    def _set(self, parameter: Tensor, bound: float) -> None:
+        self._known[parameter] = (_version(parameter), bound)
+        self._optimizer.state[parameter][KEY] = bound
+
+    def _group(self, parameter: Tensor) -> dict[str, Any] | None:
+        for group in self._optimizer.param_groups:
+            if group.get("role") == "matrix" and any(member is parameter for member in group["params"]):
+                return group
+        return None
+
+
+def _version(parameter: Tensor) -> int:
+    return parameter._version
