@@ -9,8 +9,12 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from hf_lipschitz.caps.clip import clip
 from hf_lipschitz.caps.decay import decay
+from hf_lipschitz.caps.frobenius_normalize import frobenius_normalize
 from hf_lipschitz.caps.row_normalize import row_normalize
+from hf_lipschitz.caps.spectral_hammer import spectral_hammer
+from hf_lipschitz.caps.spectral_hard_cap import spectral_hard_cap
 from hf_lipschitz.caps.spectral_normalize import spectral_normalize
 from hf_lipschitz.caps.spectral_power_cap import power_cap_limit, spectral_power_cap
 from hf_lipschitz.caps.spectral_soft_cap import LIMIT, soft_cap_strength, spectral_soft_cap
@@ -24,11 +28,11 @@ class Cap:
 
     Attributes:
         name: as in recipes and ``config.constraints``.
-        function: ``function(weight, *, value)``, weights of shape (..., m, n).
+        function: ``function(weight, *, value)``, weights of shape (..., m, n); of any shape for the norm "interval".
         norm: the norm it bounds, a key of ``verified_norms.NORMS``.
-        scalar: ``scalar(norms, value, reach)``, its exact action on one matrix's singular values (norm "spectral") or
-            row norms (norm "row"), in real arithmetic: the oracle of the tests. ``reach`` is the bound of the norm
-            from which it starts; caps without ``uses_reach`` ignore it.
+        scalar: ``scalar(norms, value, reach)``, its exact action on one matrix's singular values (norms "spectral" and
+            "frobenius"), row norms (norm "row") or entries (norm "interval"), in real arithmetic: the oracle of the
+            tests. ``reach`` is the bound of the norm from which it starts; caps without ``uses_reach`` ignore it.
         uses_reach: the function also takes ``reach``, a bound of each matrix's norm that is known already; without one
             it computes a proved bound itself.
         keeps: a matrix that satisfies its constraint stays as it is, so that whoever knows this need not call it.
@@ -73,6 +77,23 @@ def _power_cap_scalar(singular_values: np.ndarray, value: float, reach: float) -
     return x - max(0.0, within - value) * (x / within) ** 5
 
 
+def _spectral_hard_cap_scalar(singular_values: np.ndarray, value: float, reach: float) -> np.ndarray:
+    return np.minimum(singular_values, value)
+
+
+def _spectral_hammer_scalar(singular_values: np.ndarray, value: float, reach: float) -> np.ndarray:
+    leads = np.arange(len(singular_values)) == np.argmax(singular_values)
+    return np.where(leads & (singular_values > 0.0), value, singular_values)
+
+
+def _frobenius_normalize_scalar(singular_values: np.ndarray, value: float, reach: float) -> np.ndarray:
+    return singular_values / max(1.0, float(np.linalg.norm(singular_values)) / value)
+
+
+def _clip_scalar(entries: np.ndarray, value: float, reach: float) -> np.ndarray:
+    return np.clip(entries, -value, value)
+
+
 CAPS: dict[str, Cap] = {
     cap.name: cap
     for cap in (
@@ -81,7 +102,11 @@ CAPS: dict[str, Cap] = {
         Cap("spectral_soft_cap", spectral_soft_cap, "spectral", _soft_cap_scalar, uses_reach=True),
         Cap("spectral_power_cap", spectral_power_cap, "spectral", _power_cap_scalar, uses_reach=True),
         Cap("decay", decay, "spectral", _decay_scalar, uses_reach=True),
+        Cap("spectral_hard_cap", spectral_hard_cap, "spectral", _spectral_hard_cap_scalar, uses_reach=True),
+        Cap("spectral_hammer", spectral_hammer, "spectral", _spectral_hammer_scalar, keeps=False, promises=False),
         Cap("row_normalize", row_normalize, "row", _row_normalize_scalar),
+        Cap("frobenius_normalize", frobenius_normalize, "frobenius", _frobenius_normalize_scalar),
+        Cap("clip", clip, "interval", _clip_scalar),
     )
 }
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_lipschitz.bounds.errors import KernelError
 from hf_lipschitz.bounds.spectral import spectral_norm_upper
 from hf_lipschitz.caps.arithmetic import float64, stacked
 
@@ -39,6 +40,33 @@ def row_norms(weight: Tensor) -> Tensor:
     return unit.square().sum(dim=-1).sqrt() * peak * (1.0 + (weight.shape[-1] + 16) * _U64)
 
 
+def frobenius_norms(weight: Tensor) -> Tensor:
+    """Proved bounds of the Frobenius norms of matrices: (..., m, n) to (...), float64.
+
+    ``row_norms`` of all m n entries as one row, so with a relative excess of at most (m n + 16) 2^-52.
+
+    Raises:
+        KernelError: an entry is NaN or infinite.
+    """
+    _check_finite(weight, "Frobenius norm")
+    return row_norms(weight.flatten(-2))
+
+
+def largest_magnitude(weight: Tensor) -> float:
+    """The largest absolute value of a tensor of any shape, exactly; 0 for an empty one.
+
+    Raises:
+        KernelError: an entry is NaN or infinite.
+    """
+    _check_finite(weight, "largest magnitude")
+    return float(weight.detach().abs().max()) if weight.numel() else 0.0
+
+
+def _check_finite(weight: Tensor, norm: str) -> None:
+    if not torch.isfinite(weight).all():
+        raise KernelError(f"a tensor contains NaN or infinite entries: it has no {norm}")
+
+
 def split_heads(weight: Tensor, heads: int) -> Tensor:
     """The row blocks of the heads: (m, n) to (heads, m / heads, n), a view where the weight allows one.
 
@@ -62,7 +90,21 @@ def _per_head(weight: Tensor, heads: int | None) -> float:
     return max(spectral_norms(split_heads(weight, heads or 1)))
 
 
-NORMS: dict[str, Callable[[Tensor, int | None], float]] = {"spectral": _spectral, "row": _row, "per_head": _per_head}
+def _frobenius(weight: Tensor, heads: int | None) -> float:
+    return float(frobenius_norms(weight).max()) if weight.numel() else 0.0
+
+
+def _interval(weight: Tensor, heads: int | None) -> float:
+    return largest_magnitude(weight)
+
+
+NORMS: dict[str, Callable[[Tensor, int | None], float]] = {
+    "spectral": _spectral,
+    "row": _row,
+    "per_head": _per_head,
+    "frobenius": _frobenius,
+    "interval": _interval,
+}
 
 
 def to_numpy(weight: Tensor) -> np.ndarray:

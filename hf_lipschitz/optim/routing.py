@@ -18,7 +18,12 @@ from hf_lipschitz.caps.registry import Cap, cap_named
 from hf_lipschitz.errors import UserError
 
 # A cap of the spectral norm may also act on each head's rows; other norms stand for themselves.
-_NORMS_OF_CAP = {"spectral": ("spectral", "per_head"), "row": ("row",)}
+_NORMS_OF_CAP = {
+    "spectral": ("spectral", "per_head"),
+    "row": ("row",),
+    "frobenius": ("frobenius",),
+    "interval": ("interval",),
+}
 _KEYS = ("pattern", "cap", "norm", "value", "heads")
 
 Role = Literal["matrix", "other"]
@@ -144,7 +149,7 @@ def _route_one(name: str, shape: tuple[int, ...], rules: Sequence[Constraint]) -
     rule = next((rule for rule in rules if re.fullmatch(rule.pattern, name)), None)
     if rule is None:
         return Route(name, shape, None, "other")
-    if len(shape) != 2:
+    if len(shape) != 2 and rule.norm != "interval":
         raise UserError(
             f"constraint {rule.pattern!r} matches {name!r} of shape {shape}, and {rule.cap} needs a matrix: narrow the "
             "pattern"

@@ -17,6 +17,26 @@ SPECTRA: dict[str, Callable[[int], Tensor]] = {
 }
 
 
+def _half(k: int, first: Tensor, others: float) -> Tensor:
+    """Half of the values, at least one, are ``first``, the rest ``others``."""
+    values = torch.full((k,), others, dtype=torch.float64)
+    values[: max(1, k // 2)] = first[: max(1, k // 2)]
+    return values
+
+
+# Spectra of which a cap of 1 makes something hard; ``r`` is the largest value, k their number.
+AROUND_ONE: dict[str, Callable[[int, float], Tensor]] = {
+    "linear": lambda k, r: torch.linspace(r, 1e-3, k, dtype=torch.float64),
+    "log": lambda k, r: r * torch.logspace(0.0, -5.0, k, dtype=torch.float64),
+    "half tied at the cap": lambda k, r: _half(k, torch.linspace(r, min(2.0, r), k, dtype=torch.float64), 1.0),
+    "all near the cap": lambda k, r: 1.0 + (r - 1.0) * torch.logspace(0.0, -9.0, k, dtype=torch.float64),
+    "on both sides": lambda k, r: _half(k, torch.full((k,), r), 1.0) + 1e-5 * gaussian(k),
+    "rank-deficient": lambda k, r: _half(k, torch.linspace(r, 0.5, k, dtype=torch.float64), 0.0),
+    "one above": lambda k, r: torch.where(torch.arange(k) < 1, r, 0.5).to(torch.float64),
+    "condition 1e12": lambda k, r: r * torch.logspace(0.0, -12.0, k, dtype=torch.float64),
+}
+
+
 def with_spectrum(singular_values: Tensor, rows: int, columns: int, seed: int = 0) -> Tensor:
     """A float64 matrix with these singular values and random vectors."""
     generator = torch.Generator().manual_seed(seed)
