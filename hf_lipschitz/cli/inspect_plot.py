@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,13 +24,13 @@ def plot_singular_values(
 
     Args:
         path: of the picture. weights: stored tensors. names: in the order to draw; those that are no matrix are left
-            out. constraints: as in ``config.constraints``; the first rule whose pattern fits a name is drawn. Where it
+            out. constraints: as in ``config.constraints``; the rule whose pattern fits a name is drawn. Where it
             caps rows, their norms are drawn; where it caps each head's rows, those matrices' singular values.
 
     Raises:
-        UserError: no matrices, a path that is no ``.png`` file, or malformed constraints.
+        UserError: no matrices, a path that is no ``.png`` file, constraints that are malformed or claim a name twice.
     """
-    from hf_lipschitz.optim.routing import read_constraints
+    from hf_lipschitz.optim.routing import claim, read_constraints
 
     if path.suffix.lower() != ".png" or not path.parent.is_dir():
         raise UserError(f"--plot is {path}: name a .png file in a folder that exists")
@@ -41,7 +40,7 @@ def plot_singular_values(
         raise UserError("the program reads no matrices, so there are no singular values to draw: leave out --plot")
     rows = []
     for name in matrices:
-        rule = next((rule for rule in rules if re.fullmatch(rule.pattern, name)), None)
+        rule = claim(name, rules)
         rows.append((name, _values(weights[name], rule), rule))
     _write(path, rows)
     return len(rows)

@@ -32,7 +32,7 @@ class Enforcer:
 
     Args:
         model: the model, possibly compiled or wrapped for distributed data parallelism.
-        constraints: rules in order, or their plain data; None takes ``model.config.constraints``.
+        constraints: rules, or their plain data; None takes ``model.config.constraints``.
         headroom: share of a cap by which a *tracked* matrix is brought below it once its bound exceeds it. The next
             cap of that matrix is due after about ``headroom value / lr`` steps; 0 caps in each step once the bound has
             reached the value. The constraint holds after every step either way.
@@ -181,7 +181,7 @@ class Handles:
 def _cap_in_place(rule: Constraint, value: float, members: list[_Member]) -> None:
     """Cap equal parameters, as one stack where there are several."""
     parameters = [member.parameter for member in members]
-    weights = [parameter if rule.heads is None else split_heads(parameter, rule.heads) for parameter in parameters]
+    weights = [_as_matrices(rule, parameter) for parameter in parameters]
     weight = weights[0] if len(weights) == 1 else torch.stack(weights)
     heads = rule.heads or 1
     settings: dict[str, Any] = {}
@@ -193,3 +193,10 @@ def _cap_in_place(rule: Constraint, value: float, members: list[_Member]) -> Non
         raise NonFiniteWeightError(error.cap, error.index, error.entry, members[error.index // heads].name) from None
     for parameter, new in zip(parameters, capped.reshape(len(members), *parameters[0].shape), strict=True):
         parameter.copy_(new)
+
+
+def _as_matrices(rule: Constraint, parameter: Tensor) -> Tensor:
+    """What a cap sees of a parameter: a matrix, its heads, or, for an interval, all entries as one row."""
+    if rule.norm == "interval":
+        return parameter.reshape(1, -1)
+    return parameter if rule.heads is None else split_heads(parameter, rule.heads)

@@ -1,7 +1,8 @@
-"""Which parameter carries which constraint: an ordered list of rules, matched against parameter names.
+"""Which parameter carries which constraint: a list of rules, matched against parameter names.
 
-The list is stored in ``config.constraints`` and written in recipes, so it is plain data; everything that can be wrong
-with it is refused here, before training starts.
+No parameter may match two rules, so the order of the list means nothing. The list is stored in ``config.constraints``
+and written in recipes, so it is plain data; everything that can be wrong with it is refused here, before training
+starts.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ _NORMS_OF_CAP = {
     "frobenius": ("frobenius",),
     "interval": ("interval",),
 }
+# What peft, torch.compile and DataParallel add to a parameter's name.
+_ADDED = {"base_layer", "original_module", "_orig_mod", "module"}
+_PEFT = ["base_model", "model"]
 _KEYS = ("pattern", "cap", "norm", "value", "heads")
 
 Role = Literal["matrix", "other"]
@@ -36,9 +40,11 @@ class Constraint:
     Attributes:
         pattern: regular expression, matched against the full parameter name.
         cap: name of the function that enforces it (caps/registry.py).
-        norm: "spectral", "row", or "per_head" (the spectral norm of each head's rows).
+        norm: "spectral", "per_head" (the spectral norm of each head's rows), "row", "frobenius", or "interval" (the
+            largest magnitude of an entry).
         value: the largest norm allowed, in units of singular values.
-        heads: number of heads; for "per_head" only.
+        heads: number of blocks of rows; for "per_head" only. Rows are divided in order into equal blocks. A weight that
+            holds the queries, keys and values of H heads of width d, of shape (3 * H * d, D), has 3 * H of them.
 
     Raises:
         UserError: any of these is wrong.
@@ -116,18 +122,18 @@ class Route:
 def route(
     named_parameters: Iterable[tuple[str, Tensor]], constraints: Sequence[Constraint | Mapping[str, Any]]
 ) -> list[Route]:
-    """Give each parameter the first rule that matches its full name.
+    """Give each parameter the rule that matches its full name.
 
     Args:
         named_parameters: as of ``model.named_parameters()``.
-        constraints: rules in order, or their plain data.
+        constraints: rules, or their plain data, in any order.
 
     Returns:
         One Route a parameter, in the order given. The role is "matrix" where a cap of the spectral norm applies.
 
     Raises:
-        UserError: a rule matches no parameter at all, no parameter is constrained, a rule matches a parameter that is
-            not a matrix, or rows do not divide into heads.
+        UserError: a rule matches no parameter at all, no parameter is constrained, two rules match one parameter, a
+            rule matches a parameter that is not a matrix, or rows do not divide into heads.
     """
     rules = read_constraints(constraints)
     named = [(name, tuple(parameter.shape)) for name, parameter in named_parameters]
@@ -140,13 +146,49 @@ def route(
             examples = ", ".join(name for name, _ in named[:3]) or "none"
             raise UserError(
                 f"constraint {rule.pattern!r} matches no parameter: it must match a whole name, the first of which are "
-                f"{examples}"
+                f"{examples}{_hint(rule.pattern, [name for name, _ in named])}"
             )
     return [_route_one(name, shape, rules) for name, shape in named]
 
 
+def claim(name: str, rules: Sequence[Constraint]) -> Constraint | None:
+    """The rule that matches a parameter's full name, if any.
+
+    Raises:
+        UserError: two rules do.
+    """
+    found = [rule for rule in rules if re.fullmatch(rule.pattern, name)]
+    if len(found) > 1:
+        first, second = (rule.pattern for rule in found[:2])
+        raise UserError(
+            f"two constraints, {first!r} and {second!r}, claim the parameter {name!r}: narrow one of the patterns, so "
+            "that only one matches"
+        )
+    return found[0] if found else None
+
+
+def _hint(pattern: str, names: Sequence[str]) -> str:
+    """What to add where a pattern fits a name but for what a wrapper added to it; known additions first."""
+    split = [name.split(".") for name in names]
+    known = [(parts, [place for place in range(len(parts)) if _is_added(parts, place)]) for parts in split]
+    single = [(parts, [place]) for parts in split for place in range(len(parts) - 1)]
+    for parts, added in (*known, *single):
+        rest = [part for place, part in enumerate(parts) if place not in added]
+        if len(rest) > 1 and re.fullmatch(pattern, ".".join(rest)):
+            extra = " and ".join(repr(parts[place]) for place in added)
+            return (
+                f"; it would match {'.'.join(parts)!r} without {extra}, and LoRA and other wrappers add such parts to "
+                "the names of what they wrap, so write them into the pattern"
+            )
+    return ""
+
+
+def _is_added(parts: Sequence[str], place: int) -> bool:
+    return parts[place] in _ADDED or (place < len(_PEFT) and parts[: len(_PEFT)] == _PEFT)
+
+
 def _route_one(name: str, shape: tuple[int, ...], rules: Sequence[Constraint]) -> Route:
-    rule = next((rule for rule in rules if re.fullmatch(rule.pattern, name)), None)
+    rule = claim(name, rules)
     if rule is None:
         return Route(name, shape, None, "other")
     if len(shape) != 2 and rule.norm != "interval":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import warnings
@@ -20,14 +21,17 @@ from hf_lipschitz.bounds.rules.table import BUILT_IN
 from hf_lipschitz.certify import own_program, state_arrays
 from hf_lipschitz.errors import UserError
 from hf_lipschitz.models.certified_model import UncertifiedWarning
+from hf_lipschitz.optim.disagreement import ConstraintMismatchWarning, disagreements
 from hf_lipschitz.optim.enforcement import Enforcer, bare_model
-from hf_lipschitz.optim.routing import read_constraints
+from hf_lipschitz.optim.routing import read_constraints, routing_table
 from hf_lipschitz.remote_code import REMOTE_FILE_NAME
 from hf_lipschitz.training.lower_tracking import LowerTracking
 
 BOUND_KEY = "lipschitz_bound"
 EXCESS_KEY = "cap_excess_max"
 LOWER_KEY = "lipschitz_lower_estimate"
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class LipschitzCallback(TrainerCallback):
@@ -45,6 +49,9 @@ class LipschitzCallback(TrainerCallback):
             of what the bound bounds (l2, to the logits); None: never. Training is the same with it, bit for bit. It
             costs a float64 copy of the model and, on four images, 9 forward and 16 backward passes.
         estimate_inputs: example inputs to search from; None draws random images (see LowerTracking).
+
+    Where constraint, optimizer and model disagree, as after a head was replaced, one ``ConstraintMismatchWarning`` says
+    how, before the first step. The logger of this module gets the routing table at INFO.
 
     A model without ``bound_program`` is kept within its caps too, with an ``UncertifiedWarning``: neither its log lines
     nor its checkpoints can state a bound.
@@ -88,6 +95,9 @@ class LipschitzCallback(TrainerCallback):
         model: Any = bare_model(kwargs["model"])
         self.enforcer = Enforcer(model, self.constraint)
         _repair(self.enforcer)
+        if state.is_world_process_zero:
+            _LOGGER.info("which parameter carries which constraint:\n%s", self.routing_table())
+            _warn_of(disagreements(model, self.constraint, kwargs["optimizer"]))
         if self.constraint is not None and hasattr(model, "config"):
             model.config.constraints = self.constraint  # saved with the checkpoint, for whoever trains on
         if not hasattr(model, "bound_program"):
@@ -98,6 +108,16 @@ class LipschitzCallback(TrainerCallback):
                 stacklevel=2,
             )
         self._hook = self.enforcer.attach(kwargs["optimizer"])
+
+    def routing_table(self) -> str:
+        """Which parameter carries which constraint, as text, a line each.
+
+        Raises:
+            UserError: no training has begun, so that no model is known.
+        """
+        if self.enforcer is None:
+            raise UserError("there is no routing table before training begins: call it in or after trainer.train()")
+        return routing_table(self.enforcer.routes)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -183,6 +203,14 @@ def _refuse_always_push(args: TrainingArguments) -> None:
             "hub_always_push=True overwrites files that an earlier push still reads, so a commit can pair new "
             "weights with an old certificate: leave it False"
         )
+
+
+def _warn_of(sentences: Sequence[str]) -> None:
+    """One warning with everything that does not fit together."""
+    if sentences:
+        listed = "".join(f"\n- {sentence}" for sentence in sentences)
+        message = f"constraint, optimizer and model disagree:{listed}"
+        warnings.warn(message, ConstraintMismatchWarning, stacklevel=3)
 
 
 def _repair(enforcer: Enforcer) -> None:

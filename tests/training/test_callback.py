@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers import AutoConfig, AutoModelForImageClassification, Trainer, T
 from hf_lipschitz.errors import UserError
 from hf_lipschitz.models.certified_model import UncertifiedWarning
 from hf_lipschitz.models.lip_vit.configuration_lip_vit import default_constraints
+from hf_lipschitz.optim.disagreement import ConstraintMismatchWarning
 from hf_lipschitz.optim.enforcement import Enforcer
 from hf_lipschitz.optim.routing import Constraint
 from hf_lipschitz.training.callback import BOUND_KEY, EXCESS_KEY, LipschitzCallback
@@ -106,7 +109,12 @@ def test_the_constraint_comes_from_the_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rules", [HALF, [Constraint.from_dict(rule) for rule in HALF]], ids=["data", "objects"])
 def test_an_explicit_constraint_is_kept_and_saved(tmp_path: Path, rules: Any) -> None:
     spy = Spy()
-    tiny_trainer(tmp_path, tiny_model(), LipschitzCallback(rules), spy).train()
+    trainer = tiny_trainer(tmp_path, tiny_model(), LipschitzCallback(rules), spy)
+    with pytest.warns(
+        ConstraintMismatchWarning, match=r"config\.constraints differ .* those given are enforced, and sav"
+    ):
+        trainer.train()
+    trainer.train()  # now the config says the same
     spy.assert_within(0.5)
     assert AutoConfig.from_pretrained(tmp_path / "checkpoint-2").constraints == HALF
 
@@ -120,6 +128,57 @@ def test_a_constraint_that_does_not_fit_is_refused_and_not_saved(tmp_path: Path)
     assert model.config.constraints == default_constraints()
     with pytest.raises(UserError, match="unknown key 'valu'"):
         LipschitzCallback([{"pattern": "nothing", "cap": "stiefel", "valu": 1.0}])
+
+
+# What the user is told before the first step
+
+
+def test_one_warning_says_all_that_disagrees(tmp_path: Path) -> None:
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model.classifier.weight = nn.Parameter(model.classifier.weight.detach().clone())
+    model.adapter = nn.Linear(2, 2, bias=False)
+    callback = LipschitzCallback(HALF, log_bound=False)
+    options = {"optimizers": (optimizer, None)}
+    trainer = tiny_trainer(tmp_path, model, callback, options=options, save_strategy="no")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.train()
+    told = [warning for warning in caught if issubclass(warning.category, ConstraintMismatchWarning)]
+    assert len(told) == 1
+    head, *sentences = str(told[0].message).split("\n- ")
+    assert head == "constraint, optimizer and model disagree:" and len(sentences) == 3
+    for said, expected in zip(
+        sentences, ("SGD holds other objects", "no constraint caps the trainable 'adapter", "config.con"), strict=True
+    ):
+        assert said.startswith(expected)
+
+
+def test_other_processes_leave_it_to_the_first(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer = tiny_trainer(tmp_path, tiny_model(), LipschitzCallback(HALF))
+    callback = next(one for one in trainer.callback_handler.callbacks if isinstance(one, LipschitzCallback))
+    trainer.create_optimizer()
+    trainer.state.is_world_process_zero = False
+    with caplog.at_level(logging.INFO, "hf_lipschitz"):
+        callback.on_train_begin(
+            trainer.args, trainer.state, trainer.control, model=trainer.model, optimizer=trainer.optimizer
+        )
+    assert caplog.records == [] and callback.routing_table().startswith("parameter")
+
+
+def test_the_routing_table_is_logged_and_at_hand(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callback = LipschitzCallback()
+    with pytest.raises(UserError, match="no routing table before training begins"):
+        callback.routing_table()
+    trainer = tiny_trainer(tmp_path, None, callback, save_strategy="no", max_steps=1)
+    with caplog.at_level(logging.INFO, "hf_lipschitz"):
+        trainer.train()
+    assert [record.levelname for record in caplog.records if record.name.startswith("hf_lipschitz")] == ["INFO"]
+    table = callback.routing_table()
+    assert table in caplog.text and "classifier.weight" in table and len(table.splitlines()) > 5
+    assert "classifier.weight" not in capsys.readouterr().out
 
 
 # Weights that must not move

@@ -151,6 +151,8 @@ def test_torch_compile(tmp_path: Path) -> None:
     torch.compiler.reset()
 
 
+# the explicit constraint is another than the config's, and the callback says so
+@pytest.mark.filterwarnings("ignore:constraint, optimizer and model disagree:UserWarning")
 @pytest.mark.parametrize("callback_knows", [False, True], ids=["config", "explicit constraint"])
 @pytest.mark.parametrize("optimizer", ["spectral_muon", "adamw"])
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, optimizer: str, callback_knows: bool) -> None:
