@@ -1,11 +1,11 @@
-"""Derive the coefficients of ``hf_lipschitz/caps/orthogonalize.py``: a composition of minimax odd quintics.
+"""Derive ``hf_lipschitz/caps/schedules.py``: compositions of minimax odd quintics, one for each number of steps.
 
-Problem: find odd quintics p_1, ..., p_n so that p_n(...p_1(x)) is as close to 1 as possible for x in [LOWEST, 1].
-Greedy solution: p_1 is the odd quintic of least maximum error |1 - p| on [LOWEST, SAFETY]; its values there fill [1 -
-E, 1 + E], so p_2 is the one of least error on [1 - E, SAFETY (1 + E)], and so on. Odd quintics on a positive interval
-form a Chebyshev system with three functions, so the best one is characterised by four points of alternating, equal
-error (Chebyshev's alternation theorem); with the two interval ends among them the other two are the zeros of p', and
-Remez' exchange finds them in a few rounds.
+Problem: find odd quintics p_1, ..., p_n so that p_n(...p_1(x)) is as close to 1 as possible for x in [low, 1].
+Greedy solution: p_1 is the odd quintic of least maximum error |1 - p| on [low, SAFETY]; its values there fill [1 - E,
+1 + E], so p_2 is the one of least error on [1 - E, SAFETY (1 + E)], and so on. Odd quintics on a positive interval form
+a Chebyshev system with three functions, so the best one is characterised by four points of alternating, equal error
+(Chebyshev's alternation theorem); with the two interval ends among them the other two are the zeros of p', and Remez'
+exchange finds them in a few rounds.
 
 SAFETY widens every interval upwards: what bfloat16 rounding pushes past the exact maximum of one step is still inside
 the interval of the next, where the polynomial is bounded; without it a quintic grows like x^5 there.
@@ -13,7 +13,11 @@ the interval of the next, where the polynomial is bounded; without it a quintic 
 A schedule of n steps divides its last polynomial by the maximum of the whole composition on [0, SAFETY] and by
 1 + HEADROOM, so that the exact composition never exceeds 1, and float32 rounding does not lift it over 1 + 1e-6.
 
-Run ``python benchmarks/orthogonalize_coefficients.py`` to print the two tables that are checked in.
+Few steps cannot lift what is small without leaving what is large far below that maximum. So ``low`` depends on n: of
+LOWS it is the one with the least root mean square of 1 - p over singular values that are spaced logarithmically from 1
+to 1e-3 and divided as ``orthogonalize`` divides, by the eighth root of the sum of their eighth powers.
+
+Run ``python benchmarks/orthogonalize_coefficients.py`` to print the table that is checked in.
 """
 
 from __future__ import annotations
@@ -22,10 +26,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-LOWEST = 1e-3
+LOWS = (1e-3, 1.4e-3, 2e-3, 3e-3, 4.2e-3, 6e-3, 9e-3, 0.013, 0.018, 0.025, 0.035, 0.05, 0.07, 0.1, 0.14, 0.2)
 SAFETY = 1.02
 HEADROOM = 4e-7
 STEPS = 8
+SPECTRUM = 256
 
 Quintic = tuple[float, float, float]
 
@@ -48,10 +53,10 @@ def minimax_quintic(low: float, high: float) -> tuple[Quintic, float]:
     return (float(a), float(b), float(c)), abs(float(error))
 
 
-def derive_quintics() -> list[Quintic]:
-    """The greedy composition, STEPS quintics in the order of application."""
-    low, high, quintics = LOWEST, 1.0, []
-    for _ in range(STEPS):
+def greedy_quintics(low: float, steps: int) -> list[Quintic]:
+    """The greedy composition, in the order of application."""
+    high, quintics = 1.0, []
+    for _ in range(steps):
         quintic, error = minimax_quintic(low, SAFETY * high)
         quintics.append(quintic)
         low, high = 1.0 - error, 1.0 + error
@@ -66,28 +71,40 @@ def apply(quintics: Sequence[Quintic], x: np.ndarray) -> np.ndarray:
     return x
 
 
-def derive_divisors(quintics: Sequence[Quintic]) -> list[float]:
-    """For n = 1, 2, ...: the maximum over [0, SAFETY] of the first n quintics composed, with the headroom.
+def schedule(low: float, steps: int) -> list[Quintic]:
+    """The greedy composition with its last quintic divided by its maximum on [0, SAFETY] and by the headroom.
 
     The grid is fine enough that the maximum between its points is missed by less than the headroom: the composition has
     slopes below 1e4 and its maxima are smooth or at the right end, which is a grid point.
     """
+    quintics = [tuple(float(f"{each:.12g}") for each in quintic) for quintic in greedy_quintics(low, steps)]
     grid = np.concatenate([np.geomspace(1e-7, SAFETY, 2_000_001), np.linspace(0.0, SAFETY, 2_000_001)])
-    return [float(np.max(apply(quintics[:n], grid))) * (1.0 + HEADROOM) for n in range(1, len(quintics) + 1)]
+    a, b, c = np.array(quintics[-1]) / (float(np.max(apply(quintics, grid))) * (1.0 + HEADROOM))
+    return [*quintics[:-1], (a, b, c)]
+
+
+def error(low: float, steps: int) -> float:
+    """What ``low`` is chosen by; a coarse grid finds the maximum closely enough for that."""
+    quintics = greedy_quintics(low, steps)
+    largest = np.max(apply(quintics, np.geomspace(1e-3 * low, SAFETY, 20_001)))
+    values = np.geomspace(1.0, 1e-3, SPECTRUM)
+    normalised = values / np.sum(values**8) ** 0.125
+    return float(np.sqrt(np.mean((1.0 - apply(quintics, normalised) / largest) ** 2)))
+
+
+def best_low(steps: int) -> float:
+    """The member of LOWS with the least error."""
+    return min(LOWS, key=lambda low: error(low, steps))
 
 
 def main() -> None:
-    """Print both tables as Python source."""
-    quintics = derive_quintics()
-    print("_QUINTICS = (")
-    for quintic in quintics:
-        print("    ({:.12g}, {:.12g}, {:.12g}),".format(*quintic))
-    print(")")
-    rounded = [(float(f"{a:.12g}"), float(f"{b:.12g}"), float(f"{c:.12g}")) for a, b, c in quintics]
-    print("_DIVISORS = (")
-    for divisor in derive_divisors(rounded):
-        print(f"    {divisor:.12g},")
-    print(")")
+    """Print the table as Python source."""
+    for steps in range(1, STEPS + 1):
+        low = best_low(steps)
+        print(f"    (  # {steps}: low {low:g}")
+        for quintic in schedule(low, steps):
+            print("        ({:.12g}, {:.12g}, {:.12g}),".format(*quintic))
+        print("    ),")
 
 
 if __name__ == "__main__":

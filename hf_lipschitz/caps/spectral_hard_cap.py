@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from hf_lipschitz.caps.arithmetic import check_value, check_weight, float64, full_precision, peaks, stacked
-from hf_lipschitz.caps.orthogonalize import schedule
+from hf_lipschitz.caps.schedules import schedule
 from hf_lipschitz.caps.storage import store_within
 from hf_lipschitz.caps.verified_norms import spectral_norms
 

@@ -79,7 +79,7 @@ def _near_orthonormal(x_SKN: Tensor) -> Tensor:
     far = [index for index, size in enumerate(_largest_eigenvalues(error_SKK)) if not size <= _NEAR]
     if far:
         x_SKN = x_SKN.index_copy(
-            0, torch.tensor(far, device=x_SKN.device), orthogonalize(x_SKN[far], compute_dtype=x_SKN.dtype)
+            0, torch.tensor(far, device=x_SKN.device), orthogonalize(x_SKN[far], steps=5, compute_dtype=x_SKN.dtype)
         )
         error_SKK = _error(x_SKN)
     for _ in range(_MAX_STEPS):

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from hf_lipschitz.caps.arithmetic import matmul_dtype
-from hf_lipschitz.caps.orthogonalize import UPDATE_NORM_BOUND, orthogonalize, schedule
+from hf_lipschitz.caps.orthogonalize import UPDATE_NORM_BOUND, orthogonalize
+from hf_lipschitz.caps.schedules import schedule
 from hf_lipschitz.errors import UserError
 from hf_lipschitz.optim.routing import Constraint, bare_model, constraints_of, read_constraints, route
 from hf_lipschitz.optim.stacks import MatrixStack, build_stack, stacked_parameters
@@ -70,7 +71,7 @@ class SpectralMuon(torch.optim.Optimizer):
         momentum: float = 0.9,
         nesterov: bool = True,
         weight_decay: float = 0.0,
-        steps: int = 5,
+        steps: int = 4,
         adamw_lr: float = 3e-3,
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,

@@ -9,8 +9,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 
-from hf_lipschitz.caps import orthogonalize as module
-from hf_lipschitz.caps.orthogonalize import MAX_STEPS, schedule
+from hf_lipschitz.caps.schedules import MAX_STEPS, SCHEDULES, Quintic, schedule
 
 _SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "orthogonalize_coefficients.py"
 _GRID = np.concatenate([np.geomspace(1e-6, 1.02, 200_001), np.linspace(0.0, 1.02, 200_001)])
@@ -25,20 +24,26 @@ def script() -> ModuleType:
     return loaded
 
 
-def compose(quintics: tuple[tuple[float, float, float], ...], x: np.ndarray) -> np.ndarray:
+def compose(quintics: tuple[Quintic, ...], x: np.ndarray) -> np.ndarray:
     for a, b, c in quintics:
         x = a * x + b * x**3 + c * x**5
     return x
 
 
-def test_the_script_derives_the_checked_in_tables(script: ModuleType) -> None:
-    derived = np.array(script.derive_quintics())
-    assert np.allclose(derived[:5], module._QUINTICS[:5], rtol=1e-9, atol=0.0)
+@pytest.mark.parametrize("steps", range(1, MAX_STEPS + 1))
+def test_the_script_derives_the_checked_in_schedules(steps: int, script: ModuleType) -> None:
+    derived = script.schedule(script.best_low(steps), steps)
+    assert np.allclose(derived[:5], SCHEDULES[steps - 1][:5], rtol=1e-8, atol=0.0)
     # Late intervals are short, so their coefficients are ill-conditioned, but not the polynomials.
     x = np.linspace(0.9, 1.02, 101)
-    for ours, theirs in zip(module._QUINTICS, derived, strict=True):
+    for ours, theirs in zip(SCHEDULES[steps - 1], derived, strict=True):
         assert np.allclose(compose((ours,), x), compose((tuple(theirs),), x), rtol=0.0, atol=1e-8)
-    assert np.allclose(script.derive_divisors(module._QUINTICS), module._DIVISORS, rtol=1e-8, atol=0.0)
+
+
+@pytest.mark.parametrize(("steps", "low", "least", "growth"), [(4, 0.0042, 0.76, 210.0), (5, 0.0014, 0.86, 780.0)])
+def test_what_the_documentation_says_of_a_schedule(steps: int, low: float, least: float, growth: float) -> None:
+    assert compose(schedule(steps), np.linspace(low, 1.0, 100_001)).min() >= least
+    assert compose(schedule(steps), np.array([1e-9]))[0] / 1e-9 == pytest.approx(growth, rel=0.03)
 
 
 def test_each_quintic_alternates_and_so_is_the_best_one(script: ModuleType) -> None:

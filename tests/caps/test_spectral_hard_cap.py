@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_lipschitz.caps import spectral_hard_cap as module
-from hf_lipschitz.caps.orthogonalize import schedule
+from hf_lipschitz.caps.schedules import schedule
 from hf_lipschitz.caps.spectral_hard_cap import spectral_hard_cap
 from hf_lipschitz.caps.verified_norms import spectral_norms
 from tests.caps.matrices import AROUND_ONE, apply_to_singular_values, gaussian, with_spectrum
