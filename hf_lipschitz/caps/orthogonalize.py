@@ -33,7 +33,9 @@ def orthogonalize(matrix: Tensor, *, steps: int = 4, compute_dtype: torch.dtype 
     """Move every singular value towards 1, keeping the singular vectors.
 
     With four steps, values of at least 0.0042 of the normaliser ``||(M M^T)^2||_F^(1/4)`` land in [0.76, 1] and smaller
-    ones grow about 210-fold; with five it is 0.0014, [0.86, 1] and 780-fold. A zero matrix gives zero.
+    ones grow about 210-fold; with five it is 0.0014, [0.86, 1] and 780-fold. That is exact arithmetic:
+    the first quintic takes some large values to near zero and the next ones lift them again, and there the rounding of
+    bfloat16 products can leave a few lower. A zero matrix gives zero.
 
     Args:
         matrix: (..., m, n), floating point; never changed in place.
@@ -48,41 +50,62 @@ def orthogonalize(matrix: Tensor, *, steps: int = 4, compute_dtype: torch.dtype 
         ValueError: not a floating-point matrix, or no such schedule or compute dtype.
     """
     check_weight(matrix, "orthogonalize")
-    if compute_dtype is None:
-        compute_dtype = torch.float64 if matrix.dtype == torch.float64 else matmul_dtype(matrix.device)
-    if compute_dtype not in UPDATE_NORM_BOUND:
-        raise ValueError(f"orthogonalize cannot compute in {compute_dtype}: use bfloat16, float32 or float64")
+    compute = compute_dtype or update_dtype(matrix)
+    if compute not in UPDATE_NORM_BOUND:
+        raise ValueError(f"orthogonalize cannot compute in {compute}: use bfloat16, float32 or float64")
+    schedule(steps)
     if matrix.numel() == 0:
         return matrix.clone()
-    with full_precision(matrix.device):
-        is_tall = matrix.shape[-2] > matrix.shape[-1]
-        x = matrix.mT if is_tall else matrix
-        x = x.reshape(-1, *x.shape[-2:]) if x.ndim > 3 else x
+    wide = torch.promote_types(torch.promote_types(matrix.dtype, compute), torch.float32)
+    work_SMN = matrix.detach().reshape(-1, *matrix.shape[-2:]).to(wide, copy=True)
+    return orthogonalize_(work_SMN, steps=steps, compute_dtype=compute).reshape(matrix.shape).to(matrix.dtype)
+
+
+def update_dtype(matrix: Tensor) -> torch.dtype:
+    """The dtype of the products for a matrix, unless another is asked for: float64 for float64, else the fastest."""
+    return torch.float64 if matrix.dtype == torch.float64 else matmul_dtype(matrix.device)
+
+
+def orthogonalize_(work_SMN: Tensor, *, steps: int, compute_dtype: torch.dtype) -> Tensor:
+    """``orthogonalize`` for optimizers: a stack that may be overwritten, a result in the dtype of the products.
+
+    Args:
+        work_SMN: float32 or float64, not empty; it is scaled in place, because fresh memory for each pass costs as
+            much as the pass.
+        steps: see ``orthogonalize``.
+        compute_dtype: a key of ``UPDATE_NORM_BOUND``, no wider than the stack.
+
+    Returns:
+        Tensor of the shape of the stack, in ``compute_dtype``.
+    """
+    with full_precision(work_SMN.device):
+        is_tall = work_SMN.shape[-2] > work_SMN.shape[-1]
         *first, (a, b, c) = schedule(steps)
         room = _ROOM[compute_dtype]
-        y = _compose(x, (*first, (room * a, room * b, room * c)), compute_dtype)
-        return (y.mT if is_tall else y).reshape(matrix.shape).to(matrix.dtype)
+        quintics = (*first, (room * a, room * b, room * c))
+        y_SKN = _compose(work_SMN.mT if is_tall else work_SMN, quintics, compute_dtype)
+        return y_SKN.mT if is_tall else y_SKN
 
 
-def _compose(x: Tensor, quintics: Sequence[Quintic], dtype: torch.dtype) -> Tensor:
-    """Apply the quintics to x of shape (k, n) or (s, k, n), k <= n, after normalising it."""
-    multiply_add = torch.addmm if x.ndim == 2 else torch.baddbmm
-    precise = x.to(torch.promote_types(torch.promote_types(x.dtype, dtype), torch.float32))
+def _compose(x_SKN: Tensor, quintics: Sequence[Quintic], dtype: torch.dtype) -> Tensor:
+    """Apply the quintics after normalising; x is scaled in place, and two buffers take turns."""
     # The largest entry becomes 1, so that the Gram matrix neither overflows nor vanishes.
-    peak = torch.maximum(precise.amax(dim=(-2, -1), keepdim=True), -precise.amin(dim=(-2, -1), keepdim=True))
-    precise = precise / _or_one(peak)
-    y = precise.to(dtype)
+    peak_S11 = torch.maximum(x_SKN.amax(dim=(-2, -1), keepdim=True), -x_SKN.amin(dim=(-2, -1), keepdim=True))
+    x_SKN.div_(_or_one(peak_S11))
+    y_SKN = torch.empty_like(x_SKN, dtype=dtype).copy_(x_SKN)
     (a, b, c), *rest = quintics
-    gram = y @ y.mT
-    square = gram @ gram
-    size = _or_one(torch.linalg.vector_norm(square, dim=(-2, -1), keepdim=True, dtype=precise.dtype).sqrt())
-    polynomial = gram * (b / size).to(dtype) + square * (c / size.square()).to(dtype)
-    y = (precise / size.sqrt()).to(dtype)  # from the unrounded matrix: one rounding, not two
-    y = multiply_add(y, polynomial, y, beta=a)
+    gram_SKK = y_SKN @ y_SKN.mT
+    square_SKK = gram_SKK @ gram_SKK
+    size_S11 = _or_one(torch.linalg.vector_norm(square_SKK, dim=(-2, -1), keepdim=True, dtype=x_SKN.dtype).sqrt())
+    gram_SKK.mul_((b / size_S11).to(dtype)).add_(square_SKK.mul_((c / size_S11.square()).to(dtype)))
+    y_SKN.copy_(x_SKN.mul_(size_S11.rsqrt()))  # from the unrounded matrix: one rounding, not two
+    y_SKN, other_SKN = torch.baddbmm(y_SKN, gram_SKK, y_SKN, beta=a), y_SKN
     for a, b, c in rest:
-        gram = y @ y.mT
-        y = multiply_add(y, multiply_add(gram, gram, gram, beta=b, alpha=c), y, beta=a)
-    return y
+        torch.bmm(y_SKN, y_SKN.mT, out=gram_SKK)
+        torch.baddbmm(gram_SKK, gram_SKK, gram_SKK, beta=b, alpha=c, out=square_SKK)
+        torch.baddbmm(y_SKN, square_SKK, y_SKN, beta=a, out=other_SKN)
+        y_SKN, other_SKN = other_SKN, y_SKN
+    return y_SKN
 
 
 def _or_one(divisor: Tensor) -> Tensor:

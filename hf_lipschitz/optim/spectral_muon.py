@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from hf_lipschitz.caps.arithmetic import matmul_dtype
-from hf_lipschitz.caps.orthogonalize import UPDATE_NORM_BOUND, orthogonalize
+from hf_lipschitz.caps.orthogonalize import UPDATE_NORM_BOUND, orthogonalize_, update_dtype
 from hf_lipschitz.caps.schedules import schedule
 from hf_lipschitz.errors import UserError
 from hf_lipschitz.optim.routing import Constraint, bare_model, constraints_of, read_constraints, route
@@ -237,10 +236,10 @@ class SpectralMuon(torch.optim.Optimizer):
     def _step_matrices(self, index: int, group: dict[str, Any]) -> None:
         for stack in self._stacks_of(index, group):
             stack.average(group["momentum"])
-            direction_SMN = stack.averages_SMN
-            if group["nesterov"]:
-                direction_SMN = stack.lookahead(group["momentum"], self._work_like(stack.averages_SMN))
-            updates_SMN = orthogonalize(direction_SMN, steps=group["steps"])
+            work_SMN = self._work_like(stack.averages_SMN)
+            stack.direct(work_SMN, group["momentum"], nesterov=group["nesterov"])
+            compute = update_dtype(stack.averages_SMN)
+            updates_SMN = orthogonalize_(work_SMN, steps=group["steps"], compute_dtype=compute)
             stack.move(updates_SMN, step=-group["lr"], keep=1.0 - group["lr"] * group["weight_decay"])
 
     def _stacks_of(self, index: int, group: dict[str, Any]) -> list[MatrixStack]:
@@ -257,15 +256,15 @@ class SpectralMuon(torch.optim.Optimizer):
         return stacks
 
     def _work_like(self, tensor: Tensor) -> Tensor:
-        key = (tensor.shape, tensor.dtype, tensor.device)
+        """Memory to compute a direction in, one for each shape; at least float32."""
+        key = (tensor.shape, torch.promote_types(tensor.dtype, torch.float32), tensor.device)
         if key not in self._work:
-            self._work[key] = torch.empty_like(tensor)
+            self._work[key] = torch.empty_like(tensor, dtype=key[1])
         return self._work[key]
 
     def update_norm(self, group: Mapping[str, Any], parameter: Tensor) -> float:
         """A bound of the spectral norm of what a step subtracts from each block of a matrix, in units of ``lr``."""
-        wide = parameter.dtype == torch.float64
-        return UPDATE_NORM_BOUND[torch.float64 if wide else matmul_dtype(parameter.device)]
+        return UPDATE_NORM_BOUND[update_dtype(parameter)]
 
     def _step_others(self, group: dict[str, Any]) -> None:
         parameters = [parameter for parameter in group["params"] if parameter.grad is not None]

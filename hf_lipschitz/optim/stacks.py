@@ -53,11 +53,19 @@ class MatrixStack:
             self.apart(self.averages_SMN), [_gradient(parameter) for parameter in self.parameters], 1.0 - momentum
         )
 
-    def lookahead(self, momentum: float, work_SMN: Tensor) -> Tensor:
-        """Nesterov's direction, ``momentum * average + (1 - momentum) * gradient``, written into ``work_SMN``."""
+    def direct(self, work_SMN: Tensor, momentum: float, *, nesterov: bool) -> None:
+        """Write what is to be orthogonalised: the averages, or ``momentum * average + (1 - momentum) * gradient``.
+
+        The averages themselves must not be handed on, because ``work_SMN`` is overwritten.
+        """
+        if not nesterov:
+            work_SMN.copy_(self.averages_SMN)
+            return
         gradients = self.blocks(_gradient(parameter) for parameter in self.parameters)
-        torch.cat(gradients, out=work_SMN)
-        return work_SMN.lerp_(self.averages_SMN, momentum)
+        if work_SMN.dtype == self.averages_SMN.dtype:
+            torch.cat(gradients, out=work_SMN).lerp_(self.averages_SMN, momentum)
+        else:  # 16-bit weights
+            work_SMN.copy_(torch.cat(gradients).lerp_(self.averages_SMN, momentum))
 
     def move(self, updates_SMN: Tensor, *, step: float, keep: float) -> None:
         """``parameter = keep * parameter + step * update``."""

@@ -17,6 +17,7 @@ from hf_lipschitz.errors import UserError
 from hf_lipschitz.optim import spectral_muon as module
 from hf_lipschitz.optim.enforcement import Enforcer
 from hf_lipschitz.optim.spectral_muon import NonFiniteGradientError, SpectralMuon, spectral_muon
+from hf_lipschitz.optim.stacks import MatrixStack
 from tests.caps.matrices import gaussian
 from tests.optim.models import CONSTRAINTS, small_net, train
 
@@ -62,7 +63,7 @@ def test_the_learning_rate_is_the_spectral_norm_of_an_update(strength: float) ->
     optimizer.step()
     norms = torch.linalg.svdvals(parameter.detach().double())
     assert 0.76 * 0.25 <= norms[0] <= 1.005 * 0.25
-    assert norms[-1] >= 0.6 * 0.25
+    assert norms.median() >= 0.76 * 0.25
 
 
 def test_adamw_inside_is_torchs_to_the_bit() -> None:
@@ -109,10 +110,10 @@ def test_orthogonalisation_works_on_a_copy_of_the_average(nesterov: bool, dtype:
 
 
 def test_orthogonalising_the_average_in_place_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    def in_place(matrix: Tensor, **settings: Any) -> Tensor:
-        return matrix.copy_(orthogonalize(matrix, **settings))
+    def direct(stack: MatrixStack, work: Tensor, momentum: float, *, nesterov: bool) -> None:
+        work.copy_(stack.averages_SMN.mul_(2.0))
 
-    monkeypatch.setattr(module, "orthogonalize", in_place)
+    monkeypatch.setattr(MatrixStack, "direct", direct)
     assert not is_average_kept(False, torch.bfloat16)
 
 
