@@ -5,8 +5,8 @@ the same matrices and gradients. Unset what steers the BLAS, so that it is the o
 
     env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE python benchmarks/optim.py --write benchmarks/results/optim.md
 
-Parts (``--parts``): ``step`` times steps over the matrices of whole models, with caps in each step (every bound is at its
-cap) and with a headroom of 5 %; ``error`` compares the distance to the polar factor and the largest
+Parts (``--parts``): ``step`` times steps over the matrices of whole models, with caps in each step (bounds are at the
+caps) and with a headroom of 5 %; ``error`` compares the distance to the polar factor and the largest
 singular value on a spectrum from 1 to 1e-3; ``training`` times whole training steps of LipViT-small at batch 128 with
 SpectralMuon and cap, without cap, and with fused AdamW; ``memory`` weighs what an optimizer holds beside the weights.
 On a machine with CUDA the same runs there (``--device cuda``) and the table names the card.

@@ -36,16 +36,44 @@ _SMALL_FACTOR = 1e-6
 
 @dataclass(frozen=True)
 class Correction:
-    """What a cap subtracts.
+    """What a cap subtracts: ``after * polynomial(before * X)``, with factors that depend on where a matrix is to go.
 
     Attributes:
-        polynomial: ``polynomial(x_SKN, targets, reaches, dtype)`` is C for a stack with K <= N, in the stack's dtype;
-            ``dtype`` is that of the products.
+        before: ``before(target, reach)``, so that ``before * X`` has a norm of at most 1.
+        polynomial: from a stack with K <= N, in the dtype of the products, to one of the same shape.
+        after: ``after(target, reach)``.
         limit: the largest reach / target that it can repair.
     """
 
-    polynomial: Callable[[Tensor, Sequence[float], Sequence[float], torch.dtype], Tensor]
+    before: Callable[[float, float], float]
+    polynomial: Callable[[Tensor], Tensor]
+    after: Callable[[float, float], float]
     limit: float
+
+
+@dataclass(frozen=True)
+class Aims:
+    """Where matrices of given reaches go, so that rounding included they end within a value.
+
+    Attributes:
+        widest: the reach beyond which a matrix is scaled down first.
+        before, after: the correction's factors, one for each matrix.
+    """
+
+    widest: float
+    before: list[float]
+    after: list[float]
+
+
+def aims_of(
+    correction: Correction, reaches: Sequence[float], value: float, size: tuple[int, int], compute: torch.dtype
+) -> Aims:
+    """The factors for matrices of one size, ``size = (K, N)``, whose products are computed in ``compute``."""
+    error, aim = PRODUCT_ERROR[compute], value * (1.0 - storage_slack(*size))
+    # r <= limit t with t = (aim - e r) / (1 - e), solved for r
+    widest = correction.limit * aim / (1.0 + error * (correction.limit - 1.0)) * (1.0 - 1e-9)
+    pairs = [(target_of(aim, min(bound, widest), error), min(bound, widest)) for bound in reaches]
+    return Aims(widest, [correction.before(*pair) for pair in pairs], [correction.after(*pair) for pair in pairs])
 
 
 def cap_by_correction(
@@ -77,19 +105,46 @@ def cap_by_correction(
     compute = compute_dtype or (torch.float64 if weight.dtype == torch.float64 else matmul_dtype(weight.device))
     if compute not in PRODUCT_ERROR:
         raise ValueError(f"{cap} cannot compute in {compute}: use bfloat16, float32 or float64")
-    error = PRODUCT_ERROR[compute]
 
     def transform(x_SKN: Tensor, reaches: list[float]) -> Tensor:
-        aim = value * (1.0 - storage_slack(*x_SKN.shape[-2:]))
-        # r <= limit t with t = (aim - e r) / (1 - e), solved for r
-        widest = correction.limit * aim / (1.0 + error * (correction.limit - 1.0)) * (1.0 - 1e-9)
-        if max(reaches) > widest:
-            x_SKN = scaled(x_SKN, [min(1.0, widest / bound) for bound in reaches])
-        reaches = [min(bound, widest) for bound in reaches]
-        targets = [target_of(aim, bound, error) for bound in reaches]
-        return x_SKN - correction.polynomial(x_SKN, targets, reaches, compute)
+        aims = aims_of(correction, reaches, value, (x_SKN.shape[-2], x_SKN.shape[-1]), compute)
+        if max(reaches) > aims.widest:
+            x_SKN = scaled(x_SKN, [min(1.0, aims.widest / bound) for bound in reaches])
+        raw_SKN = correction.polynomial((x_SKN * per_matrix(aims.before, x_SKN)).to(compute))
+        return x_SKN - raw_SKN.to(x_SKN.dtype) * per_matrix(aims.after, x_SKN)
 
     return cap_what_exceeds(weight, transform, cap=cap, value=value, reach=reach)
+
+
+def correct_(
+    matrices: Sequence[Tensor], work_SMN: Tensor, correction: Correction, *, value: float, reach: Sequence[float]
+) -> bool:
+    """``cap_by_correction`` for optimizers: float32 matrices of one shape, corrected in place without copies of them.
+
+    Args:
+        matrices: S matrices (m, n), views of parameters; all of them are corrected.
+        work_SMN: float32 memory, which is overwritten.
+        correction: see ``Correction``.
+        value: the cap; each norm is at most that afterwards.
+        reach: a bound of each norm, which is trusted.
+
+    Returns:
+        False, with nothing changed, where a matrix must be scaled down first or values meet subnormal numbers:
+        ``cap_by_correction`` does that.
+    """
+    rows, columns = work_SMN.shape[-2:]
+    is_tall, compute = rows > columns, matmul_dtype(work_SMN.device)
+    aims = aims_of(correction, reach, value, (min(rows, columns), max(rows, columns)), compute)
+    if max(reach) > aims.widest or not stores_without_check(work_SMN.dtype, value):
+        return False
+    with full_precision(work_SMN.device):
+        torch.stack(list(matrices), out=work_SMN)
+        x_SKN = work_SMN.mT if is_tall else work_SMN
+        x_SKN.mul_(per_matrix(aims.before, x_SKN))
+        raw_SKN = correction.polynomial(torch.empty_like(x_SKN, dtype=compute).copy_(x_SKN))
+        for matrix, raw, after in zip(matrices, raw_SKN.mT if is_tall else raw_SKN, aims.after, strict=True):
+            matrix.add_(raw, alpha=-after)
+    return True
 
 
 def target_of(aim: float, reach: float, error: float) -> float:

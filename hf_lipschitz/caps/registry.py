@@ -12,12 +12,13 @@ from torch import Tensor
 from hf_lipschitz.caps.clip import clip
 from hf_lipschitz.caps.decay import decay
 from hf_lipschitz.caps.frobenius_normalize import frobenius_normalize
+from hf_lipschitz.caps.reach import Correction
 from hf_lipschitz.caps.row_normalize import row_normalize
 from hf_lipschitz.caps.spectral_hammer import spectral_hammer
 from hf_lipschitz.caps.spectral_hard_cap import spectral_hard_cap
 from hf_lipschitz.caps.spectral_normalize import spectral_normalize
-from hf_lipschitz.caps.spectral_power_cap import power_cap_limit, spectral_power_cap
-from hf_lipschitz.caps.spectral_soft_cap import LIMIT, soft_cap_strength, spectral_soft_cap
+from hf_lipschitz.caps.spectral_power_cap import POWER_CAPS, power_cap_limit, spectral_power_cap
+from hf_lipschitz.caps.spectral_soft_cap import LIMIT, SOFT_CAP, soft_cap_strength, spectral_soft_cap
 from hf_lipschitz.caps.stiefel import stiefel
 from hf_lipschitz.errors import UserError
 
@@ -36,6 +37,7 @@ class Cap:
         uses_reach: the function also takes ``reach``, a bound of each matrix's norm that is known already; without one
             it computes a proved bound itself.
         keeps: a matrix that satisfies its constraint stays as it is, so that whoever knows this need not call it.
+        correction: what the function subtracts, for ``reach.correct_``; None for caps of another kind.
         promises: the norm is at most the value afterwards. False for what only pushes towards it.
     """
 
@@ -46,6 +48,7 @@ class Cap:
     uses_reach: bool = False
     keeps: bool = True
     promises: bool = True
+    correction: Correction | None = None
 
 
 def _stiefel_scalar(singular_values: np.ndarray, value: float, reach: float) -> np.ndarray:
@@ -99,8 +102,15 @@ CAPS: dict[str, Cap] = {
     for cap in (
         Cap("stiefel", stiefel, "spectral", _stiefel_scalar, keeps=False),
         Cap("spectral_normalize", spectral_normalize, "spectral", _spectral_normalize_scalar),
-        Cap("spectral_soft_cap", spectral_soft_cap, "spectral", _soft_cap_scalar, uses_reach=True),
-        Cap("spectral_power_cap", spectral_power_cap, "spectral", _power_cap_scalar, uses_reach=True),
+        Cap("spectral_soft_cap", spectral_soft_cap, "spectral", _soft_cap_scalar, uses_reach=True, correction=SOFT_CAP),
+        Cap(
+            "spectral_power_cap",
+            spectral_power_cap,
+            "spectral",
+            _power_cap_scalar,
+            uses_reach=True,
+            correction=POWER_CAPS[5],
+        ),
         Cap("decay", decay, "spectral", _decay_scalar, uses_reach=True),
         Cap("spectral_hard_cap", spectral_hard_cap, "spectral", _spectral_hard_cap_scalar, uses_reach=True),
         Cap("spectral_hammer", spectral_hammer, "spectral", _spectral_hammer_scalar, keeps=False, promises=False),

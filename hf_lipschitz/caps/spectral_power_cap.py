@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_lipschitz.caps.reach import Correction, cap_by_correction, per_matrix
+from hf_lipschitz.caps.reach import Correction, cap_by_correction
 
 POWERS = (3, 5, 9)  # two, three and four matrix products
 
@@ -56,7 +56,7 @@ def spectral_power_cap(
         raise ValueError(f"spectral_power_cap: power is {power!r}: choose 3, 5 or 9")
     return cap_by_correction(
         weight,
-        Correction(partial(_polynomial, power=power), limit=power_cap_limit(power)),
+        POWER_CAPS[power],
         cap="spectral_power_cap",
         value=value,
         reach=reach,
@@ -64,13 +64,22 @@ def spectral_power_cap(
     )
 
 
-def _polynomial(
-    short_SKN: Tensor, targets: Sequence[float], reaches: Sequence[float], dtype: torch.dtype, *, power: int
-) -> Tensor:
-    """``(k - w) (Y Y^T)^((power - 1) / 2) Y`` with ``Y = X / k``."""
-    y_SKN = (short_SKN / per_matrix(reaches, short_SKN)).to(dtype)
+def _polynomial(y_SKN: Tensor, *, power: int) -> Tensor:
+    """``(Y Y^T)^((power - 1) / 2) Y``."""
     gram_SKK = y_SKN @ y_SKN.mT
     for _ in range({3: 0, 5: 1, 9: 2}[power]):
         gram_SKK = gram_SKK @ gram_SKK
-    sizes = [reach - target for target, reach in zip(targets, reaches, strict=True)]
-    return (gram_SKK @ y_SKN).to(short_SKN.dtype).mul_(per_matrix(sizes, short_SKN))
+    return gram_SKK @ y_SKN
+
+
+def _correction(power: int) -> Correction:
+    """``(k - w) (Y Y^T)^((power - 1) / 2) Y`` with ``Y = X / k``."""
+    return Correction(
+        before=lambda target, reach: 1.0 / reach,
+        polynomial=partial(_polynomial, power=power),
+        after=lambda target, reach: reach - target,
+        limit=power_cap_limit(power),
+    )
+
+
+POWER_CAPS = {power: _correction(power) for power in POWERS}

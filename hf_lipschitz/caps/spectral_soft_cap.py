@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hf_lipschitz.caps.reach import Correction, cap_by_correction, per_matrix
+from hf_lipschitz.caps.reach import Correction, cap_by_correction
 
 LIMIT = 81.0 / 31.0  # reach / value beyond which no strength exists
 _FIRST_REGIME = 81.0 / 62.0
@@ -90,7 +90,7 @@ def spectral_soft_cap(
     """
     return cap_by_correction(
         weight,
-        Correction(_polynomial, limit=LIMIT),
+        SOFT_CAP,
         cap="spectral_soft_cap",
         value=value,
         reach=reach,
@@ -98,12 +98,17 @@ def spectral_soft_cap(
     )
 
 
-def _polynomial(short_SKN: Tensor, targets: Sequence[float], reaches: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """``(3 T^2 - 3 T^3 + T^4) X`` with ``T = a X X^T``."""
-    strengths = [soft_cap_strength(target, reach) for target, reach in zip(targets, reaches, strict=True)]
-    roots = per_matrix([strength**0.5 for strength in strengths], short_SKN)
-    y_SKN = (short_SKN * roots).to(dtype)
+def _polynomial(y_SKN: Tensor) -> Tensor:
+    """``(3 T^2 - 3 T^3 + T^4) Y`` with ``T = Y Y^T``, for ``Y = sqrt(a) X``."""
     t_SKK = y_SKN @ y_SKN.mT
     square_SKK = t_SKK @ t_SKK
-    polynomial_SKK = torch.baddbmm(square_SKK, square_SKK, square_SKK - 3.0 * t_SKK, beta=3.0)
-    return (polynomial_SKK @ y_SKN).to(short_SKN.dtype).div_(roots)
+    torch.baddbmm(square_SKK, square_SKK, square_SKK - 3.0 * t_SKK, beta=3.0, out=t_SKK)
+    return t_SKK @ y_SKN
+
+
+SOFT_CAP = Correction(
+    before=lambda target, reach: soft_cap_strength(target, reach) ** 0.5,
+    polynomial=_polynomial,
+    after=lambda target, reach: soft_cap_strength(target, reach) ** -0.5,
+    limit=LIMIT,
+)

@@ -18,6 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hf_lipschitz.bounds.errors import KernelError
 from hf_lipschitz.caps.arithmetic import NonFiniteWeightError, stack_pays
+from hf_lipschitz.caps.reach import correct_
 from hf_lipschitz.caps.verified_norms import NORMS, split_heads
 from hf_lipschitz.errors import UserError
 from hf_lipschitz.optim.norm_bounds import NormBounds
@@ -86,10 +87,13 @@ class Enforcer:
             )
         for ((rule, is_tracked), *_), members in groups.items():
             value = rule.value * (1.0 - self.headroom) if is_tracked and rule.capping.keeps else rule.value
-            _cap_in_place(rule, value, members)
-            if bounds is not None and is_tracked:
-                for member in members:
-                    bounds.capped(member.parameter, value)
+            if bounds is None or not is_tracked:
+                _cap_in_place(rule, value, members)
+                continue
+            if not _correct_in_place(rule, value, members, bounds):
+                _cap_in_place(rule, value, members)
+            for member in members:
+                bounds.capped(member.parameter, value)
 
     def excess(self) -> dict[str, float]:
         """By parameter name: (proved norm - value) / value of the stored numbers; at most 0 where the constraint holds.
@@ -193,6 +197,18 @@ def _cap_in_place(rule: Constraint, value: float, members: list[_Member]) -> Non
         raise NonFiniteWeightError(error.cap, error.index, error.entry, members[error.index // heads].name) from None
     for parameter, new in zip(parameters, capped.reshape(len(members), *parameters[0].shape), strict=True):
         parameter.copy_(new)
+
+
+def _correct_in_place(rule: Constraint, value: float, members: list[_Member], bounds: NormBounds) -> bool:
+    """The fast way, for caps that subtract a correction from float32 weights; False where there is none."""
+    parameters = [member.parameter for member in members]
+    if rule.capping.correction is None or parameters[0].dtype != torch.float32:
+        return False
+    heads = rule.heads or 1
+    matrices = [block for parameter in parameters for block in parameter.view(heads, -1, parameter.shape[-1])]
+    reach = [member.reach for member in members if member.reach is not None for _ in range(heads)]
+    work_SMN = bounds.optimizer.work_memory((len(matrices), *matrices[0].shape), matrices[0])
+    return correct_(matrices, work_SMN, rule.capping.correction, value=value, reach=reach)
 
 
 def _as_matrices(rule: Constraint, parameter: Tensor) -> Tensor:

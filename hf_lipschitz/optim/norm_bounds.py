@@ -44,6 +44,10 @@ class KnownUpdates(Protocol):
         """A bound of the norm of what a step subtracts from each block of a matrix, in units of the learning rate."""
         ...
 
+    def work_memory(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Memory on the device of ``like``, at least float32, that whoever asks next may overwrite."""
+        ...
+
 
 class NormBounds:
     """The bounds of one optimizer's matrices.
@@ -52,7 +56,7 @@ class NormBounds:
     """
 
     def __init__(self, optimizer: KnownUpdates) -> None:
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._known: dict[Tensor, tuple[int, float]] = {}  # version and bound at the last look
 
     def tracks(self, rule: Constraint, parameter: Tensor) -> bool:
@@ -66,7 +70,7 @@ class NormBounds:
         Raises:
             UserError: the weights have no norm (NaN or infinite entries).
         """
-        stored = self._optimizer.state[parameter].get(KEY)
+        stored = self.optimizer.state[parameter].get(KEY)
         version, bound = self._known.get(parameter, (None, None))
         if stored is not None and stored == bound and version == _version(parameter):
             return
@@ -97,7 +101,7 @@ class NormBounds:
         group = self._group(parameter)
         if group is not None and version != _version(parameter):
             roundoff = _TRACKED[parameter.dtype]
-            step = group["lr"] * self._optimizer.update_norm(group, parameter)
+            step = group["lr"] * self.optimizer.update_norm(group, parameter)
             bound = abs(1.0 - group["lr"] * group["weight_decay"]) * bound + step
             bound = bound * (1.0 + 3.1 * roundoff * math.sqrt(min(parameter.shape)) + 1e-15) + _UNDERFLOW
             self._set(parameter, bound)
@@ -109,10 +113,10 @@ class NormBounds:
 
     def _set(self, parameter: Tensor, bound: float) -> None:
         self._known[parameter] = (_version(parameter), bound)
-        self._optimizer.state[parameter][KEY] = bound
+        self.optimizer.state[parameter][KEY] = bound
 
     def _group(self, parameter: Tensor) -> dict[str, Any] | None:
-        for group in self._optimizer.param_groups:
+        for group in self.optimizer.param_groups:
             if group.get("role") == "matrix" and any(member is parameter for member in group["params"]):
                 return group
         return None

@@ -236,7 +236,7 @@ class SpectralMuon(torch.optim.Optimizer):
     def _step_matrices(self, index: int, group: dict[str, Any]) -> None:
         for stack in self._stacks_of(index, group):
             stack.average(group["momentum"])
-            work_SMN = self._work_like(stack.averages_SMN)
+            work_SMN = self.work_memory(stack.averages_SMN.shape, stack.averages_SMN)
             stack.direct(work_SMN, group["momentum"], nesterov=group["nesterov"])
             compute = update_dtype(stack.averages_SMN)
             updates_SMN = orthogonalize_(work_SMN, steps=group["steps"], compute_dtype=compute)
@@ -255,11 +255,14 @@ class SpectralMuon(torch.optim.Optimizer):
             self._stacks[index] = stacks
         return stacks
 
-    def _work_like(self, tensor: Tensor) -> Tensor:
-        """Memory to compute a direction in, one for each shape; at least float32."""
-        key = (tensor.shape, torch.promote_types(tensor.dtype, torch.float32), tensor.device)
+    def work_memory(self, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """Memory to compute in, one for each shape, on the device of ``like`` and at least float32.
+
+        It is kept from step to step; whoever asks next may overwrite it.
+        """
+        key = (tuple(shape), torch.promote_types(like.dtype, torch.float32), like.device)
         if key not in self._work:
-            self._work[key] = torch.empty_like(tensor, dtype=key[1])
+            self._work[key] = torch.empty(key[0], dtype=key[1], device=key[2])
         return self._work[key]
 
     def update_norm(self, group: Mapping[str, Any], parameter: Tensor) -> float:

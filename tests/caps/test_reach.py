@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from hf_lipschitz.caps import spectral_power_cap as power_module
-from hf_lipschitz.caps import spectral_soft_cap as soft_module
-from hf_lipschitz.caps.reach import PRODUCT_ERROR
+from hf_lipschitz.caps.reach import PRODUCT_ERROR, correct_
 from hf_lipschitz.caps.registry import CAPS
-from hf_lipschitz.caps.spectral_power_cap import POWERS, power_cap_limit, spectral_power_cap
-from hf_lipschitz.caps.spectral_soft_cap import LIMIT, soft_cap_strength, spectral_soft_cap
+from hf_lipschitz.caps.spectral_power_cap import POWER_CAPS, POWERS, power_cap_limit, spectral_power_cap
+from hf_lipschitz.caps.spectral_soft_cap import SOFT_CAP, soft_cap_strength, spectral_soft_cap
 from hf_lipschitz.caps.verified_norms import spectral_norms
 from tests.caps.matrices import SPECTRA, gaussian, with_spectrum
 
 REACHING = ["decay", "spectral_power_cap", "spectral_soft_cap"]
-CORRECTIONS: dict[str, tuple[Callable[..., Tensor], float]] = {
-    "soft": (soft_module._polynomial, LIMIT),
-    **{f"power {p}": (partial(power_module._polynomial, power=p), power_cap_limit(p)) for p in POWERS},
-}
+CORRECTIONS = {"soft": SOFT_CAP, **{f"power {power}": POWER_CAPS[power] for power in POWERS}}
 
 
 def soft(x: np.ndarray, strength: float) -> np.ndarray:
@@ -93,15 +87,16 @@ def hard_matrices(rows: int, columns: int) -> dict[str, Tensor]:
 
 def product_error(name: str, dtype: torch.dtype, sizes: Sequence[tuple[int, int]]) -> float:
     """The largest relative error of a correction over hard matrices and all regimes of the reach."""
-    polynomial, limit = CORRECTIONS[name]
+    correction = CORRECTIONS[name]
     worst = 0.0
     for size in sizes:
         for matrix in hard_matrices(*size).values():
             given = matrix.float()[None]
-            for target in (0.999, 0.9, 1.0 / (0.5 + 0.5 * limit), 1.0001 / limit):
-                got = polynomial(given, [target], [1.0], dtype).double()
-                wanted = polynomial(given.double(), [target], [1.0], torch.float64)
-                error = torch.linalg.matrix_norm(got - wanted, 2).item()
+            for target in (0.999, 0.9, 1.0 / (0.5 + 0.5 * correction.limit), 1.0001 / correction.limit):
+                before, after = correction.before(target, 1.0), correction.after(target, 1.0)
+                got = correction.polynomial((before * given).to(dtype)).double()
+                wanted = correction.polynomial(before * given.double())
+                error = after * torch.linalg.matrix_norm(got - wanted, 2).item()
                 worst = max(worst, error / (1.0 - target))
     return worst
 
@@ -182,3 +177,23 @@ def test_a_reach_that_bounds_nothing_is_refused(name: str, reach: list[float]) -
 def test_an_unknown_compute_dtype_is_refused(function: Callable[..., Tensor]) -> None:
     with pytest.raises(ValueError, match="cannot compute in torch\\.float16: use bfloat16"):
         function(torch.ones(3, 3), value=0.5, compute_dtype=torch.float16)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)], ids=str)
+@pytest.mark.parametrize("name", ["spectral_soft_cap", "spectral_power_cap"])
+def test_in_place_it_does_the_same(name: str, shape: tuple[int, int]) -> None:
+    stack = torch.stack([gaussian(*shape, seed=seed).float() for seed in range(3)])
+    reach = [1.001 * norm for norm in spectral_norms(stack)]
+    value = 0.95 * min(reach)
+    correction = CAPS[name].correction
+    assert correction is not None
+    wanted = CAPS[name].function(stack, value=value, reach=reach)
+    matrices = [nn.Parameter(matrix.clone()) for matrix in stack]
+    with torch.no_grad():
+        assert correct_(matrices, torch.empty_like(stack), correction, value=value, reach=reach)
+        assert torch.allclose(torch.stack(list(matrices)), wanted, rtol=0.0, atol=1e-2 * value)
+        assert max(spectral_norms(torch.stack(list(matrices)))) <= value
+        before = [matrix.clone() for matrix in matrices]
+        for other_value, other_reach in ((0.1, [2.0 * max(reach)] * 3), (1e-30, [1.01e-30] * 3)):
+            assert not correct_(matrices, torch.empty_like(stack), correction, value=other_value, reach=other_reach)
+        assert all(torch.equal(a, b) for a, b in zip(matrices, before, strict=True))

@@ -91,7 +91,7 @@ def test_a_cap_that_allows_a_little_more_is_found(
     def too_much(weight, *, value, **settings):
         return row.function(weight, value=1.1 * value, **settings)
 
-    monkeypatch.setitem(CAPS, cap, replace(row, function=too_much))
+    monkeypatch.setitem(CAPS, cap, replace(row, function=too_much, correction=None))
     assert excess_under_pushes(optimizer_name, cap, torch.float32, steps=12) > 0.0
 
 
