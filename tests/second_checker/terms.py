@@ -1,0 +1,9 @@
+"""All checks of single terms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tests.second_checker import terms_core
+
+CHECKS: tuple[Callable[[], None], ...] = (*terms_core.CHECKS,)
