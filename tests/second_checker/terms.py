@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.second_checker import terms_core
+from tests.second_checker import terms_convolution, terms_core
 
-CHECKS: tuple[Callable[[], None], ...] = (*terms_core.CHECKS,)
+CHECKS: tuple[Callable[[], None], ...] = (*terms_core.CHECKS, *terms_convolution.CHECKS)
