@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tests.second_checker import terms_convolution, terms_core
+from tests.second_checker import terms_convolution, terms_core, terms_matrices, terms_symbol
 
-CHECKS: tuple[Callable[[], None], ...] = (*terms_core.CHECKS, *terms_convolution.CHECKS)
+CHECKS: tuple[Callable[[], None], ...] = (
+    *terms_core.CHECKS,
+    *terms_convolution.CHECKS,
+    *terms_matrices.CHECKS,
+    *terms_symbol.CHECKS,
+)
