@@ -1,6 +1,7 @@
 """Terms and steps of the bound over all frequencies, each where it is the one that counts.
 
-Derivation: the docstring of ``rules/convolution_norm.py``. S is the supremum of the symbol's norm, T the number of taps.
+Derivation: the docstring of ``rules/convolution_norm.py``. S is the supremum of the symbol's norm, T the number of
+taps.
 """
 
 from __future__ import annotations
