@@ -1,22 +1,26 @@
-"""Terms for float64 sums of the kernel itself: column sums of a pool, row sums of a mixing, rows of an embedding table.
+"""Terms for float64 sums of the kernel itself (column sums of a pool, row sums of a mixing, rows of a table), and cases
+of pools and branches that the tables of rules do not hold.
 
 A sum of n terms errs by gamma_{n-1}, so the exact one is at most the computed one over 1 - gamma_{n-1}.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from fractions import Fraction
 
 import numpy as np
 
 from hf_lipschitz.bounds.program import Node
-from hf_lipschitz.bounds.rounding import Array
+from hf_lipschitz.bounds.rounding import Array, Enclosure
+from hf_lipschitz.bounds.rule import GEOMETRIES
 from hf_lipschitz.bounds.rules import pooling, shape, structure
 from tests.bounds.row import Example
 from tests.bounds.search import ask
+from tests.second_checker import agreement
 from tests.second_checker.coarse import COARSE, at_least, at_most, coarse
-from tests.second_checker.exact import Interval, euclidean, exactly, gamma, larger
+from tests.second_checker.exact import Interval, euclidean, exactly, gamma, larger, root_of
 from tests.second_checker.norms import fractions_of, largest_row_sum
 
 _UNITS = (COARSE, Fraction(1, 25))  # the second so large that 1 + gamma is less than 1 / (1 - gamma)
@@ -55,10 +59,34 @@ def row_sums_of_a_mixing() -> None:
         at_most(value, _grown(exact, 8, unit), 0.5, "row sums of a mixing of tokens")
 
 
+def windows_that_hang_over() -> None:
+    """A last window that hangs over the padded image divides by its pixels inside: with no padding, with two pixels."""
+    for size, kernel, stride, padding in ((4, 3, 2, 0), (6, 5, 3, 2)):
+        attrs = {"kernel": [kernel, 1], "stride": [stride, 1], "padding": [padding, 0], "ceil": True}
+        node = Node("average_pool@1", (0,), attrs | {"count_padding": True})
+        for geometry in GEOMETRIES:
+            agreement.compare_rule(Example(node, ((2, size, 1),), {}), geometry)
+
+
+def weights_of_branches() -> None:
+    """Of a weight a that is known to lie between two numbers, |1 - a| and |a| are largest at one of them."""
+    rule, call = ask(Example(Node("residual@1", (0, 1), {}, {}, {"weight": 0}), ((3,), (3,)), {}))
+    for low, high in ((-3.0, 2.0), (-1.0, 6.0), (0.25, 0.5), (-5.0, -1.0)):
+        known = dataclasses.replace(call, scalars={"weight": Enclosure(np.asarray(low), np.asarray(high))})
+        keep, take = rule.gains(known, "l2")
+        for gain, exact in ((keep, max(abs(1 - low), abs(1 - high))), (take, max(abs(low), abs(high)))):
+            at_least(gain, Fraction(exact), f"a branch of weight {low} to {high}")
+            at_most(gain, Fraction(exact), 1e-15, f"a branch of weight {low} to {high}")
+
+
 def _longest(weight: Array, slack: float = 0.0) -> float:
     attrs = {"length": 3, "slack": slack, "space": "embeddings"}
     rule, call = ask(Example(Node("embedding@1", (), attrs, {"weight": "w"}), (), {"w": weight}))
-    return rule.size(call, ()).token
+    size = rule.size(call, ())
+    total = root_of(3) * exactly(size.token)
+    at_least(size.total, total, "three rows of a table together")
+    at_most(size.total, total, 1e-12, "three rows of a table together")
+    return size.token
 
 
 def rows_of_a_table() -> None:
@@ -76,4 +104,10 @@ def rows_of_a_table() -> None:
     at_least(_longest(tiny), 5 * Fraction(1, 1 << 600), "longest row of a table whose squares underflow")
 
 
-CHECKS: tuple[Callable[[], None], ...] = (column_sums_of_a_pool, row_sums_of_a_mixing, rows_of_a_table)
+CHECKS: tuple[Callable[[], None], ...] = (
+    column_sums_of_a_pool,
+    row_sums_of_a_mixing,
+    windows_that_hang_over,
+    weights_of_branches,
+    rows_of_a_table,
+)

@@ -122,7 +122,7 @@ def gram_of_the_symbol() -> None:
 def rounding_of_the_symbol() -> None:
     """sqrt(2) gamma_{n + 64} |sum_a |K_a||_F^2, n the terms of a product and of the sum over d together."""
     draw = np.random.default_rng(5).standard_normal
-    for scale, shape in ((1.0, (2, 2, 3, 3)), (16.0, (1, 1, 1, 9)), (1 / 16.0, (1, 1, 9, 1)), (1.0, (1, 1, 5, 5))):
+    for scale, shape in ((1.0, (2, 2, 3, 3)), (16.0, (1, 1, 1, 9)), (1 / 16.0, (1, 1, 9, 1)), (1.0, (1, 4, 5, 5))):
         kernel = scale * draw(shape)
         taps = _taps(kernel)
         with coarse(convolution_norm):
