@@ -20,7 +20,7 @@ from tests.bounds import test_random_programs, test_rules
 from tests.bounds.cases import ROWS
 from tests.bounds.row import Row
 from tests.bounds.search import claimed_constant, lowered, reached_constant
-from tests.second_checker import agreement, agreement_norms
+from tests.second_checker import agreement, agreement_norms, terms
 from tests.second_checker.table import FORMULAS
 
 _UNIT_TESTS = (
@@ -93,6 +93,12 @@ def norms() -> None:
     agreement_norms.compare_array_norms()
 
 
+def single_terms() -> None:
+    """Terms that no example need reach, each where it is the one that counts."""
+    for check in terms.CHECKS:
+        check()
+
+
 def sizes(ops: Collection[str]) -> None:
     """No value is larger than its rule says."""
     for row in rows_of(ops):
@@ -122,6 +128,7 @@ def killers(ops: Collection[str], core: bool, known: Path) -> Iterator[Killer]:
 
     What stands outside the rules is looked at by the strict ones alone: all rows of all rules would take minutes.
     """
+    yield "terms", single_terms
     if core:
         yield "norms", norms
         yield "programs", programs

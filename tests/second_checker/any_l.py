@@ -22,7 +22,6 @@ from tests.second_checker.exact import ZERO, Interval, exactly, gamma, smaller
 from tests.second_checker.norms import fractions_of, frobenius, largest_row_sum
 
 _U = Fraction(1, 1 << 53)
-_SCALARS = exactly(1 + 32 * _U)
 _MARGIN = exactly(Fraction(1001, 1000))
 _NOISE = Fraction(1, 10**9)
 
@@ -31,19 +30,23 @@ def _trace(matrix: np.ndarray) -> Fraction:
     return Fraction(float(np.trace(matrix).real))
 
 
-def _inflated(trace: Fraction, count: int) -> Interval:
-    return exactly(trace / (1 - gamma(count, _U).high)) * _SCALARS
+def _scalars(unit: Fraction) -> Interval:
+    return exactly(1 + 32 * unit)
 
 
-def _dot(count: int, matrix: np.ndarray) -> Interval:
-    return exactly(2).sqrt() * gamma(2 * count, _U) if np.iscomplexobj(matrix) else gamma(count, _U)
+def _inflated(trace: Fraction, count: int, unit: Fraction) -> Interval:
+    return exactly(trace / (1 - gamma(count, unit).high)) * _scalars(unit)
+
+
+def _dot(count: int, matrix: np.ndarray, unit: Fraction) -> Interval:
+    return exactly(2).sqrt() * gamma(2 * count, unit) if np.iscomplexobj(matrix) else gamma(count, unit)
 
 
 def _size(matrix: np.ndarray) -> Interval:
     return frobenius(fractions_of(np.stack([matrix.real, matrix.imag])))
 
 
-def factored(matrix: np.ndarray, mu: float) -> Interval:
+def factored(matrix: np.ndarray, mu: float, unit: Fraction = _U) -> Interval:
     """What the bracket of sigma_max^2 may be, for a matrix with at most as many rows as columns and a mu that works."""
     k, wide = matrix.shape
     gram = matrix @ matrix.conj().T
@@ -55,16 +58,16 @@ def factored(matrix: np.ndarray, mu: float) -> Interval:
     deviation[np.diag_indices(k)] -= mu
     distance = _MARGIN * _size(deviation)
     total = (
-        exactly(Fraction(mu) * (1 + _U))
-        + _dot(wide, matrix) * _inflated(_trace(gram), 2 * wide + k + 2)
-        + _dot(k, matrix) * _inflated(_trace(product), 4 * k + 2)
+        exactly(Fraction(mu) * (1 + unit))
+        + _dot(wide, matrix, unit) * _inflated(_trace(gram), 2 * wide + k + 2, unit)
+        + _dot(k, matrix, unit) * _inflated(_trace(product), 4 * k + 2, unit)
     )
     least = distance if distance.low > _NOISE * Fraction(mu) else ZERO
     most = distance * exactly(2)
-    return Interval(((total + least) * _SCALARS).low, ((total + most) * _SCALARS).high)
+    return Interval(((total + least) * _scalars(unit)).low, ((total + most) * _scalars(unit)).high)
 
 
-def near_orthogonal(matrix: np.ndarray) -> Interval:
+def near_orthogonal(matrix: np.ndarray, unit: Fraction = _U) -> Interval:
     """The bracket for the path without a factorisation; c is the mean of the diagonal of G."""
     k, wide = matrix.shape
     gram = matrix @ matrix.T
@@ -75,16 +78,18 @@ def near_orthogonal(matrix: np.ndarray) -> Interval:
     exact = fractions_of(deviation)
     distance = smaller(frobenius(exact), largest_row_sum(exact))
     total = (
-        exactly(Fraction(centre) * (1 + _U)) + _MARGIN * distance + gamma(wide, _U) * _inflated(trace, 2 * wide + k + 2)
+        exactly(Fraction(centre) * (1 + unit))
+        + _MARGIN * distance
+        + gamma(wide, unit) * _inflated(trace, 2 * wide + k + 2, unit)
     )
-    return total * _SCALARS
+    return total * _scalars(unit)
 
 
-def crude(matrix: np.ndarray) -> Interval:
+def crude(matrix: np.ndarray, unit: Fraction = _U) -> Interval:
     """The bracket that needs no estimate: the smaller of |A|_F^2 as above and (largest row sum)(largest column sum)."""
     k, wide = matrix.shape
     exact = fractions_of(matrix)
     sums = [
-        largest_row_sum(side) * (exactly(1) + exactly(2) * gamma(side.shape[1] + 1, _U)) for side in (exact, exact.T)
+        largest_row_sum(side) * (exactly(1) + exactly(2) * gamma(side.shape[1] + 1, unit)) for side in (exact, exact.T)
     ]
-    return smaller(_inflated(_trace(matrix @ matrix.T), 2 * wide + k + 2), sums[0] * sums[1])
+    return smaller(_inflated(_trace(matrix @ matrix.T), 2 * wide + k + 2, unit), sums[0] * sums[1])
