@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from hf_lipschitz.bounds.rule import Rule as Rule
     from hf_lipschitz.bounds.spectral import spectral_norm_upper as spectral_norm_upper
     from hf_lipschitz.caps.orthogonalize import orthogonalize as orthogonalize
+    from hf_lipschitz.caps.spectral_hard_cap import spectral_hard_cap as spectral_hard_cap
     from hf_lipschitz.caps.spectral_normalize import spectral_normalize as spectral_normalize
+    from hf_lipschitz.caps.spectral_power_cap import spectral_power_cap as spectral_power_cap
+    from hf_lipschitz.caps.spectral_soft_cap import spectral_soft_cap as spectral_soft_cap
     from hf_lipschitz.caps.stiefel import stiefel as stiefel
     from hf_lipschitz.certify import certify as certify
     from hf_lipschitz.errors import UserError as UserError
@@ -74,7 +77,10 @@ _HOME = {
     "orthogonalize": "caps.orthogonalize",
     "push": "hub",
     "spectral_norm_upper": "bounds.spectral",
+    "spectral_hard_cap": "caps.spectral_hard_cap",
     "spectral_normalize": "caps.spectral_normalize",
+    "spectral_power_cap": "caps.spectral_power_cap",
+    "spectral_soft_cap": "caps.spectral_soft_cap",
     "stiefel": "caps.stiefel",
     "verify": "verification",
 }

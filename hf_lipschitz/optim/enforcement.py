@@ -49,9 +49,7 @@ class Enforcer:
         *,
         headroom: float = 0.0,
     ) -> None:
-        if not 0.0 <= headroom < 1.0:
-            raise UserError(f"headroom is {headroom!r}: give the share of a cap to go below it, in [0, 1)")
-        self.headroom = headroom
+        self.headroom = checked_headroom(headroom)
         self.model = bare_model(model)
         rules = constraints_of(model) if constraints is None else constraints
         self.routes: tuple[Route, ...] = tuple(route(self.model.named_parameters(), rules))
@@ -66,14 +64,26 @@ class Enforcer:
             NonFiniteWeightError: a constrained parameter holds NaN or infinite entries; it is named.
             UserError: a parameter is missing or sharded.
         """
-        self._apply(frozen=frozen, bounds=None)
+        self._apply([each for each in self._constrained() if frozen or each[2].requires_grad], bounds=None)
+
+    def repair(self) -> None:
+        """Cap what exceeds its constraint by a proved norm, and leave all else as it is, bit for bit.
+
+        A cap may move even what satisfies it: a resumed run would differ from one that was never interrupted, and
+        frozen weights from the checkpoint's. What only pushes towards a value (``promises`` is false) is left alone.
+
+        Raises:
+            NonFiniteWeightError, UserError: see ``excess`` and ``apply``.
+        """
+        excess = self.excess()
+        self._apply(
+            [each for each in self._constrained() if each[0].capping.promises and excess[each[1]] > 0.0], bounds=None
+        )
 
     @torch.no_grad()
-    def _apply(self, *, frozen: bool, bounds: NormBounds | None) -> None:
+    def _apply(self, constrained: list[tuple[Constraint, str, Tensor]], *, bounds: NormBounds | None) -> None:
         groups: dict[Any, list[_Member]] = defaultdict(list)
-        for rule, name, parameter in self._constrained():
-            if not frozen and not parameter.requires_grad:
-                continue
+        for rule, name, parameter in constrained:
             reach = None
             if bounds is not None and bounds.tracks(rule, parameter):
                 reach = bounds.follow(parameter)
@@ -132,7 +142,7 @@ class Enforcer:
                         bounds.confirm(rule, name, parameter)
 
         def after_step(*_: Any) -> None:
-            self._apply(frozen=False, bounds=bounds)
+            self._apply([each for each in self._constrained() if each[2].requires_grad], bounds=bounds)
 
         return Handles(inner.register_step_pre_hook(before_step), inner.register_step_post_hook(after_step))
 
@@ -153,6 +163,13 @@ class Enforcer:
                 )
             found.append((line.constraint, line.name, parameter))
         return found
+
+
+def checked_headroom(headroom: float) -> float:
+    """The headroom; UserError unless it is in [0, 1)."""
+    if not 0.0 <= headroom < 1.0:
+        raise UserError(f"headroom is {headroom!r}: give the share of a cap to go below it, in [0, 1)")
+    return headroom
 
 
 def inner_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -22,7 +22,7 @@ from hf_lipschitz.certify import own_program, state_arrays
 from hf_lipschitz.errors import UserError
 from hf_lipschitz.models.certified_model import UncertifiedWarning
 from hf_lipschitz.optim.disagreement import ConstraintMismatchWarning, disagreements
-from hf_lipschitz.optim.enforcement import Enforcer, bare_model
+from hf_lipschitz.optim.enforcement import Enforcer, bare_model, checked_headroom
 from hf_lipschitz.optim.routing import read_constraints, routing_table
 from hf_lipschitz.remote_code import REMOTE_FILE_NAME
 from hf_lipschitz.training.lower_tracking import LowerTracking
@@ -44,6 +44,8 @@ class LipschitzCallback(TrainerCallback):
     Args:
         constraint: rules as in ``config.constraints``; None takes those of the model, which are those of the
             checkpoint it was loaded from.
+        headroom: share of a cap by which a matrix is brought below it once its tracked bound exceeds it, so that it
+            need not be capped in each step (see Enforcer); with an optimizer that knows its updates, as SpectralMuon.
         log_bound: whether log lines carry the two figures (they cost float64 norms of all matrices).
         estimate_every: steps after which the next log line also carries ``lipschitz_lower_estimate``, a lower estimate
             of what the bound bounds (l2, to the logits); None: never. Training is the same with it, bit for bit. It
@@ -57,18 +59,20 @@ class LipschitzCallback(TrainerCallback):
     nor its checkpoints can state a bound.
 
     Raises:
-        UserError: a rule of ``constraint`` is malformed, or ``estimate_every`` is below 1.
+        UserError: a rule of ``constraint`` is malformed, a headroom is no share, or ``estimate_every`` is below 1.
     """
 
     def __init__(
         self,
         constraint: Sequence[Mapping[str, Any]] | None = None,
         *,
+        headroom: float = 0.0,
         log_bound: bool = True,
         estimate_every: int | None = None,
         estimate_inputs: torch.Tensor | None = None,
     ) -> None:
         self.constraint = None if constraint is None else [rule.to_dict() for rule in read_constraints(constraint)]
+        self.headroom = checked_headroom(headroom)
         self.log_bound = log_bound
         self.enforcer: Enforcer | None = None
         self.tracking = None if estimate_every is None else LowerTracking(estimate_every, estimate_inputs)
@@ -93,8 +97,8 @@ class LipschitzCallback(TrainerCallback):
         if self.tracking is not None:
             self.tracking.last = state.global_step
         model: Any = bare_model(kwargs["model"])
-        self.enforcer = Enforcer(model, self.constraint)
-        _repair(self.enforcer)
+        self.enforcer = Enforcer(model, self.constraint, headroom=self.headroom)
+        self.enforcer.repair()
         if state.is_world_process_zero:
             _LOGGER.info("which parameter carries which constraint:\n%s", self.routing_table())
             _warn_of(disagreements(model, self.constraint, kwargs["optimizer"]))
@@ -131,8 +135,13 @@ class LipschitzCallback(TrainerCallback):
             self._hook = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Remember the step, by which a lower estimate is due."""
+        """Before a checkpoint prove all norms, and cap what exceeds; remember the step, by which an estimate is due.
+
+        The caps hold by tracked bounds and tested rounding (caps/reach.py); what is saved holds by proof.
+        """
         self._step = state.global_step
+        if control.should_save and self.enforcer is not None:
+            self.enforcer.repair()
 
     def on_log(
         self,
@@ -211,21 +220,6 @@ def _warn_of(sentences: Sequence[str]) -> None:
         listed = "".join(f"\n- {sentence}" for sentence in sentences)
         message = f"constraint, optimizer and model disagree:{listed}"
         warnings.warn(message, ConstraintMismatchWarning, stacklevel=3)
-
-
-def _repair(enforcer: Enforcer) -> None:
-    """Cap what exceeds its cap, and leave all else as it is, bit for bit: a cap may move even what satisfies it.
-
-    A resumed run would otherwise differ from one that was never interrupted, and frozen weights from the checkpoint's.
-    """
-    excess = enforcer.excess()
-    parameters = dict(enforcer.model.named_parameters())
-    kept = {name: parameters[name].detach().clone() for name, value in excess.items() if value <= 0.0}
-    if len(kept) < len(excess):
-        enforcer.apply()
-        with torch.no_grad():
-            for name, values in kept.items():
-                parameters[name].copy_(values)
 
 
 def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:

@@ -61,7 +61,10 @@ class LossSection(_Section):
 
 
 class OptimizerSection(_Section):
-    """``spectral_muon``, or ``adamw`` (any optimizer works: the callback keeps the constraint)."""
+    """``spectral_muon``, or ``adamw`` (any optimizer works: the callback keeps the constraint).
+
+    ``steps`` are those of the orthogonalisation, ``headroom`` is the callback's: both for spectral_muon.
+    """
 
     name: Literal["spectral_muon", "adamw"] = "spectral_muon"
     lr: Annotated[Number, Field(gt=0)]
@@ -69,6 +72,8 @@ class OptimizerSection(_Section):
     momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
     nesterov: bool = True
     weight_decay: Annotated[Number, Field(ge=0)] = 0.0
+    steps: Annotated[int, Field(ge=1, le=8)] = 4
+    headroom: Annotated[Number, Field(ge=0, lt=1)] = 0.0
 
 
 class TrainerSection(_Section):

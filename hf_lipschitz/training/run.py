@@ -133,11 +133,15 @@ def build_trainer(
     )
     optimizer: dict[str, Any] = {}
     if recipe.optimizer.name == "spectral_muon":
-        settings = recipe.optimizer.model_dump(include={"lr", "adamw_lr", "momentum", "nesterov", "weight_decay"})
+        settings = recipe.optimizer.model_dump(exclude={"name", "headroom"})
         optimizer = {"optimizer_cls_and_kwargs": (spectral_muon, settings)}
     arguments = training_arguments(recipe, folder, progress=progress)
     every = recipe.trainer.estimate_steps
-    lipschitz = LipschitzCallback(estimate_every=every, estimate_inputs=None if every is None else data.pixel_values)
+    lipschitz = LipschitzCallback(
+        headroom=recipe.optimizer.headroom,
+        estimate_every=every,
+        estimate_inputs=None if every is None else data.pixel_values,
+    )
     needed = arguments.train_batch_size * arguments.world_size
     if len(data) < needed:
         raise UserError(f"a batch takes {needed} images and there are {len(data)}: lower trainer.batch_size")

@@ -43,11 +43,19 @@ def push(model: nn.Module, step: int) -> None:
     """Adversarial gradients: descent grows the top singular direction, now and then violently or the other way."""
     strength = (1.0, 1e-3, 1e6, 0.0, -1.0, 30.0)[step % 6]
     for parameter in model.parameters():
-        if parameter.ndim == 2:
+        if parameter.ndim == 2 and step % 11 != 10:
             u, _, vh = torch.linalg.svd(parameter.detach().double())
             parameter.grad = (-strength * u[:, :1] @ vh[:1]).to(parameter.dtype)
+        elif parameter.ndim == 2:  # everything at once
+            parameter.grad = -parameter.detach().clone()
         else:
             parameter.grad = torch.ones_like(parameter)
+
+
+def rate(step: int) -> float:
+    """A factor of the learning rate: warm-up and decay with a restart every 150 steps."""
+    phase = step % 150
+    return min(1.0, (phase + 1) / 20) * (1.0 - phase / 150)
 
 
 def constraint(cap: str, value: float) -> list[dict[str, Any]]:
@@ -55,19 +63,21 @@ def constraint(cap: str, value: float) -> list[dict[str, Any]]:
     return [{"pattern": "square|wide", "cap": cap, "norm": norm, "value": value}]
 
 
-def excess_under_pushes(optimizer_name: str, cap: str, dtype: torch.dtype, steps: int) -> float:
+def excess_under_pushes(optimizer_name: str, cap: str, dtype: torch.dtype, steps: int, headroom: float = 0.0) -> float:
     """The largest proved excess after any of the steps."""
     model, value = TwoWeights(dtype), 0.8
     rules = constraint(cap, value)
     if optimizer_name == "SpectralMuon" and CAPS[cap].norm != "spectral":
         rules = [{**constraint("stiefel", value)[0], "pattern": "wide"}, {**rules[0], "pattern": "square"}]
-    enforcer = Enforcer(model, rules)
+    enforcer = Enforcer(model, rules, headroom=headroom)
     optimizer = OPTIMIZERS[optimizer_name](model, rules)
     enforcer.attach(optimizer)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     worst = -1.0
     for step in range(steps):
         push(model, step)
         optimizer.step()
+        schedule.step()
         worst = max(worst, enforcer.max_excess())
     return worst
 
@@ -75,10 +85,21 @@ def excess_under_pushes(optimizer_name: str, cap: str, dtype: torch.dtype, steps
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("cap", PROMISING)
 @pytest.mark.parametrize("optimizer_name", sorted(OPTIMIZERS))
-def test_the_constraint_holds_after_each_of_200_adversarial_steps(
+def test_the_constraint_holds_after_each_of_500_adversarial_steps(
     optimizer_name: str, cap: str, dtype: torch.dtype
 ) -> None:
-    assert excess_under_pushes(optimizer_name, cap, dtype, steps=200) <= 0.0
+    assert excess_under_pushes(optimizer_name, cap, dtype, steps=500) <= 0.0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("headroom", [0.0, 0.05])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("cap", PROMISING)
+@pytest.mark.parametrize("optimizer_name", sorted(OPTIMIZERS))
+def test_the_constraint_holds_after_each_of_2000_adversarial_steps(
+    optimizer_name: str, cap: str, dtype: torch.dtype, headroom: float
+) -> None:
+    assert excess_under_pushes(optimizer_name, cap, dtype, steps=2000, headroom=headroom) <= 0.0
 
 
 @pytest.mark.parametrize("cap", PROMISING)
@@ -89,10 +110,10 @@ def test_a_cap_that_allows_a_little_more_is_found(
     row = CAPS[cap]
 
     def too_much(weight, *, value, **settings):
-        return row.function(weight, value=1.1 * value, **settings)
+        return row.function(weight, value=1.2 * value, **settings)
 
     monkeypatch.setitem(CAPS, cap, replace(row, function=too_much, correction=None))
-    assert excess_under_pushes(optimizer_name, cap, torch.float32, steps=12) > 0.0
+    assert excess_under_pushes(optimizer_name, cap, torch.float32, steps=60) > 0.0
 
 
 def test_the_excess_is_relative_to_the_value_and_of_the_right_norm() -> None:
