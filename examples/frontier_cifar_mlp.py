@@ -1,15 +1,15 @@
 """Which optimizer and which constraint give the most accuracy for a Lipschitz bound? The MLP study of the paper.
 
-The setting follows "Training Transformers with Enforced Lipschitz Constants" (arXiv 2507.13338), section on CIFAR-10: an
-MLP of three matrices without biases, ReLU, pixels in [0, 1], a linearly decaying learning rate. Every cell of the sweep
+The setting follows "Training Transformers with Enforced Lipschitz Constants" (arXiv 2507.13338) on CIFAR-10: an MLP of
+three matrices without biases, ReLU, pixels in [0, 1], a linearly decaying learning rate. Every cell of the sweep
 in ``configs/frontier_cifar_mlp.yaml`` trains one network with AdamW or Muon under one technique at one strength, and is
 bounded by ``hf_lipschitz.certify``: the bound is proved for the stored weights, not estimated. ::
 
     python examples/frontier_cifar_mlp.py --data DATASET --output examples/results
 
 trains what the table in the output folder does not hold yet, a row a cell as it ends, and draws the two pictures: bound
-against accuracy, and bound against accuracy certified at a radius of 36/255. Two cores take about a minute a cell (three
-to five for ``spectral_hard_cap``); ``--jobs 2`` trains two cells at a time with one thread each.
+against accuracy, and bound against accuracy certified at a radius of 36/255. Two cores take about a minute a
+cell (several for ``spectral_hard_cap``); ``--jobs 2`` trains two cells at a time with one thread each.
 """
 
 from __future__ import annotations

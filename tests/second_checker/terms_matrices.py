@@ -74,6 +74,30 @@ def memory_of_rounded_rows() -> None:
     at_least(value, _once_rounded(matrix, COARSE) * exactly(1 - Fraction(1, 1 << 40)), "rows of a memory")
 
 
+def products_that_underflow() -> None:
+    """What is lost below 2^-1074 is at most half of that an entry, so that n entries lose at most sqrt(n) 2^-1075."""
+    draw = np.random.default_rng(10).standard_normal
+    weights = {slot: 2.0**-1000 * draw((4, 3)) for slot in ("query", "key", "value")}
+    for power in (-72, -76, -120):
+        rule, call = _attention("softmax_attention@1", weights, temperature=1.0, radius=1.0)
+        value = rule._norm(call, "query", "tr", [2.0**power, 0.0])  # type: ignore[attr-defined]
+        exact = spectral_norm(fractions_of(weights["query"][:2])) * exactly(Fraction(2) ** power)
+        at_least(value, exact, f"rows scaled by 2^{power}")
+    weights = {"query": 2.0**-1000 * draw((4, 3)), "key": draw((5, 4)), "value": draw((5, 6))}
+    spans = [attention_open._diameters(weights[slot], 2)[0] for slot in ("key", "value")]
+    for power in (-72, -76, -120):
+        rule, call = _attention("memory_attention@1", weights, temperature=2.0**power)
+        exact = spectral_norm(fractions_of(weights["query"][:2])) * exactly(Fraction(2) ** (power - 2))
+        exact = exact * exactly(Fraction(spans[0])) * exactly(Fraction(spans[1]))
+        at_least(rule.gains(call, "l2")[0], exact * exactly(1 - Fraction(1, 1 << 40)), f"rows of a memory, 2^{power}")
+    for eps in (0.92, 0.95, 0.99):  # every quotient is rounded down to 5 units
+        weight = np.full((1, 400), 5 * 2.0**-1074)
+        node = Node("normalized_linear@1", (0,), {"eps": eps}, {"weight": "w"})
+        rule, call = ask(Example(node, ((400,),), {"w": weight}))
+        exact = spectral_norm(fractions_of(weight)) * exactly(1 / Fraction(eps))
+        at_least(rule.gains(call, "l2")[0], exact, f"rows of subnormal numbers, eps {eps}")
+
+
 def _diameter(rows: Array) -> Interval:
     exact = fractions_of(rows)
     return exactly(max(sum((a - b) ** 2 for a, b in zip(*pair, strict=True)) for pair in _pairs(exact))).sqrt()
@@ -121,6 +145,7 @@ CHECKS: tuple[Callable[[], None], ...] = (
     normalized_rows,
     scaled_rows_of_heads,
     memory_of_rounded_rows,
+    products_that_underflow,
     distances_in_a_memory,
     steepest_direction,
 )

@@ -109,8 +109,8 @@ class NormalizedLinear(Rule):
         return result + call.tensors["bias"] if "bias" in call.tensors else result
 
     def gains(self, call: Call, geometry: Geometry) -> tuple[float, ...]:
-        norm = call.norm("weight", "rows", lambda: self._rows(call))
-        return (add_up(norm, mul_up(gamma(call.shapes[0][0] + 12), array_norm_up(self._rows(call)))),)
+        norm, rows = call.norm("weight", "rows", lambda: self._rows(call)), self._rows(call)
+        return (add_up(norm, mul_up(gamma(call.shapes[0][0] + 12), array_norm_up(rows)), rows.size * 2.0**-1072),)
 
     def offset(self, call: Call) -> Size:
         size = array_norm_up(call.tensors["bias"]) if "bias" in call.tensors else 0.0

@@ -159,10 +159,10 @@ class HeadAttention(Rule):
         return column_roots(reach, call.shapes[0][0], call.shapes[-1][0])
 
     def _norm(self, call: Call, slot: str, form: str, scale: list[float]) -> float:
-        """Bound |diag(scale) W| (monotone in the scale); the float64 product errs by u of its Frobenius norm."""
+        """Bound |diag(scale) W| (monotone in the scale); float64 products err by u of their size, or underflow."""
         rows = np.repeat(np.asarray(scale), call.tensors[slot].shape[0] // len(scale))[:, None]
-        norm = call.norm(slot, form, lambda: rows * call.tensors[slot])
-        return add_up(norm, mul_up(gamma(2), array_norm_up(rows * call.tensors[slot])))
+        norm, scaled = call.norm(slot, form, lambda: rows * call.tensors[slot]), rows * call.tensors[slot]
+        return add_up(norm, mul_up(gamma(2), array_norm_up(scaled)), scaled.size * 2.0**-1074)
 
     def _head_norm(self, call: Call, slot: str, head: int) -> float:
         # one tensor may serve as queries of many heads and as values of few: the label says which rows a head has

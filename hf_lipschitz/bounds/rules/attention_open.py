@@ -157,9 +157,9 @@ class MemoryAttention(HeadAttention):
     def gains(self, call: Call, geometry: Geometry) -> tuple[float, ...]:
         spans = [_diameters(call.tensors[slot], call.attrs["heads"]) for slot in ("key", "value")]
         factors = [mul_up(0.25, *each) for each in zip(self._highs(call, "temperature"), *spans, strict=True)]
-        rows = np.repeat(np.asarray(factors), len(call.tensors["query"]) // len(factors))[:, None]
-        scaled = rows * call.tensors["query"]
-        return (add_up(call.norm("query", "memory", lambda: scaled), mul_up(gamma(2), array_norm_up(scaled))),)
+        scaled = np.repeat(factors, len(call.tensors["query"]) // len(factors))[:, None] * call.tensors["query"]
+        norm = call.norm("query", "memory", lambda: scaled)
+        return (add_up(norm, mul_up(gamma(2), array_norm_up(scaled)), scaled.size * 2.0**-1074),)  # products underflow
 
     def size(self, call: Call, incoming: tuple[Size, ...]) -> Size:
         token = norm_up(*_longest(call.tensors["value"], call.attrs["heads"]))
