@@ -286,7 +286,7 @@ def main() -> None:
         global _DATA
         section = DataSection(path=options.data or config["data"])
         train_data, test_data = load_image_data(section, "train"), load_image_data(section, "test")
-        _DATA = (train_data.pixels, train_data.labels, test_data.pixels, test_data.labels)
+        _DATA = (train_data.pixel_values, train_data.labels, test_data.pixel_values, test_data.labels)
         with Progress() as progress:
             bar = progress.add_task("training", total=len(todo))
             for row in results(todo, config, options.jobs):
