@@ -93,6 +93,22 @@ def example_shape(folder: Path) -> tuple[int, ...]:
     return tuple(stated)
 
 
+def check_shape(folder: Path, shape: Sequence[int]) -> None:
+    """Refuse the shape of a sample that a config contradicts, before a model is built and traced with it.
+
+    Raises:
+        UserError: the config states a number of channels, and the shape is not that of images with as many.
+    """
+    config = _config(folder)
+    size = (config.get("pretrained_cfg") or {}).get("input_size") if "architecture" in config else None
+    channels = size[0] if isinstance(size, list) and size else config.get("num_channels")
+    if type(channels) is int and (len(shape) != 3 or shape[0] != channels):
+        raise UserError(
+            f"{','.join(map(str, shape))} is no shape of one sample: {CONFIG} states images of {channels} channels, so "
+            f"give {channels},height,width"
+        )
+
+
 def example(shape: Sequence[int]) -> torch.Tensor:
     """A batch of one sample of a shape."""
     import torch

@@ -51,10 +51,12 @@ def certify(
     original, folder = folder, _copied(folder, cast, output)
     from hf_lipschitz.bounds.certificate import FILE_NAME
     from hf_lipschitz.certify import write_certificate
-    from hf_lipschitz.foreign import example
+    from hf_lipschitz.foreign import check_shape, example
 
     with working():
         quiet_transformers()
+        if shape and (folder / "config.json").is_file():
+            check_shape(folder, shape)
         try:
             given = example(shape) if shape else None
             certificate = write_certificate(folder, given, norm=norm, space=space)
