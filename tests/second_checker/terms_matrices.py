@@ -90,6 +90,15 @@ def products_that_underflow() -> None:
         exact = spectral_norm(fractions_of(weights["query"][:2])) * exactly(Fraction(2) ** (power - 2))
         exact = exact * exactly(Fraction(spans[0])) * exactly(Fraction(spans[1]))
         at_least(rule.gains(call, "l2")[0], exact * exactly(1 - Fraction(1, 1 << 40)), f"rows of a memory, 2^{power}")
+    query = np.full((1, 400), 2.0**-1000)  # each product is just below half a unit, so that all of it is lost
+    weights = {"query": query, "key": draw((5, 2)), "value": draw((5, 3))}
+    spans = [attention_open._diameters(weights[slot], 1)[0] for slot in ("key", "value")]
+    temperature = 0.49 * 4.0 * 2.0**-74 / (spans[0] * spans[1])
+    node = Node("memory_attention@1", (0,), {"heads": 1}, {s: s for s in weights}, {"temperature": temperature})
+    rule, call = ask(Example(node, ((3, 400),), weights))
+    exact = exactly(Fraction(temperature) / 4) * exactly(Fraction(spans[0])) * exactly(Fraction(spans[1]))
+    exact = exact * spectral_norm(fractions_of(query)) * exactly(1 - Fraction(1, 1 << 40))
+    at_least(rule.gains(call, "l2")[0], exact, "a memory whose every product underflows")
     for eps in (0.92, 0.95, 0.99):  # every quotient is rounded down to 5 units
         weight = np.full((1, 400), 5 * 2.0**-1074)
         node = Node("normalized_linear@1", (0,), {"eps": eps}, {"weight": "w"})
