@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -61,6 +62,13 @@ def oracle(cap: Cap, matrix: Tensor, value: float) -> Tensor:
 def test_every_cap_has_its_row() -> None:
     assert sorted(CASES) == NAMES
     assert all(cap.name == name and cap.norm in NORMS for name, cap in CAPS.items())
+
+
+def test_the_documentation_has_a_line_for_every_cap() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "constraints.md").read_text()
+    lines = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
+    stated = {line[1].strip(" `"): not line[3].strip().startswith("no") for line in lines}
+    assert stated == {name: cap.promises for name, cap in CAPS.items()}
 
 
 @pytest.mark.parametrize("value", VALUES)
