@@ -47,16 +47,14 @@ def certify(
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the folder of a saved checkpoint")
-    shape = _shape(input_shape)
+    shape = _shape(input_shape, folder)
     original, folder = folder, _copied(folder, cast, output)
     from hf_lipschitz.bounds.certificate import FILE_NAME
     from hf_lipschitz.certify import write_certificate
-    from hf_lipschitz.foreign import check_shape, example
+    from hf_lipschitz.foreign import example
 
     with working():
         quiet_transformers()
-        if shape and (folder / "config.json").is_file():
-            check_shape(folder, shape)
         try:
             given = example(shape) if shape else None
             certificate = write_certificate(folder, given, norm=norm, space=space)
@@ -113,12 +111,17 @@ def _change(original: Path, copy: Path, certificate: Any, trace: Trace) -> Weigh
     return bound_change(certificate.program, read_weights(original), read_weights(copy), witnesses=witnesses)
 
 
-def _shape(text: str | None) -> tuple[int, ...]:
-    """The numbers of ``--input-shape``."""
+def _shape(text: str | None, folder: Path) -> tuple[int, ...]:
+    """The numbers of ``--input-shape``, which the folder's config does not contradict."""
     parts = [] if text is None else text.split(",")
     if any(not part.strip().isdecimal() or int(part) == 0 for part in parts):
         raise UserError(f"--input-shape {text}: give positive whole numbers with commas, such as 3,224,224")
-    return tuple(int(part) for part in parts)
+    shape = tuple(int(part) for part in parts)
+    if shape and (folder / "config.json").is_file():
+        from hf_lipschitz.foreign import check_shape
+
+        check_shape(folder, shape)
+    return shape
 
 
 def _trace(folder: Path, certificate: Any) -> Trace:

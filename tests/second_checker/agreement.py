@@ -26,7 +26,7 @@ from tests.second_checker.walk import asked, rounding, walk
 # Strays of float scalars are differences of nearly equal floats in the kernel: good to this part at 2**-24.
 PRECISIONS: Mapping[str, tuple[Precision, float]] = {"float32": (SINGLE, 1e-6), "bfloat16": (BRAIN, 1e-9)}
 
-_UNDERFLOW = Fraction(1, 1 << 1000)
+_UNDERFLOW = Fraction(1, 1 << 500)  # the root of the smallest number, and what rules multiply it with
 
 
 class Disagreement(AssertionError):

@@ -13,7 +13,9 @@ from hf_lipschitz.errors import UserError
 from hf_lipschitz.training.recipe import Recipe, load_recipe, packaged_recipe
 
 _ROOT = Path(__file__).resolve().parents[2]
-SHIPPED = [*sorted((_ROOT / "configs").glob("*.yaml")), *sorted((_ROOT / "hf_lipschitz" / "recipes").glob("*.yaml"))]
+# frontier_*: sweeps of examples/, which are no recipes.
+CONFIGS = [path for path in sorted((_ROOT / "configs").glob("*.yaml")) if not path.name.startswith("frontier_")]
+SHIPPED = [*CONFIGS, *sorted((_ROOT / "hf_lipschitz" / "recipes").glob("*.yaml"))]
 SMALLEST = """
 model: {}
 data: {path: digits}
