@@ -168,10 +168,14 @@ class ShardedStack(Stack):
 
 
 def stacked_parameters(parameters: Iterable[Tensor], entries: int) -> list[list[Tensor]]:
-    """Parameters in groups that are worth a stack: on a CPU up to ``entries`` entries each, larger ones alone."""
+    """Parameters in groups that are worth a stack: on a CPU up to ``entries`` entries each, larger ones alone.
+
+    So are large sharded ones on any device, so that not all of them must be whole at once.
+    """
     groups: dict[Any, list[Tensor]] = defaultdict(list)
     for index, parameter in enumerate(parameters):
-        alone = None if stack_pays(parameter, entries) else index
+        is_small = parameter.numel() <= entries if is_sharded(parameter) else stack_pays(parameter, entries)
+        alone = None if is_small else index
         groups[parameter.shape, parameter.dtype, parameter.device, layout(parameter), alone].append(parameter)
     return list(groups.values())
 
