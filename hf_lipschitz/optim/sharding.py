@@ -77,13 +77,21 @@ def part_of(tensor: Tensor, parameter: Tensor) -> Tensor:
         return replicated.redistribute(placements=given.placements).to_local()
 
 
+def divided_like(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """A state of a sharded parameter, divided as it is; one that was loaded whole, on every process, is divided."""
+    if layout(tensor) == layout(parameter):
+        return tensor
+    if not is_sharded(tensor):
+        return like_parameter(part_of(tensor, parameter).clone(), parameter)
+    parts: Any = tensor
+    return parts.redistribute(placements=layout(parameter)[1])
+
+
 def gradient(parameter: Tensor) -> Tensor:
     """The gradient, or this process's part of it, divided as the parameter is."""
     found: Any = parameter.grad
     assert found is not None
-    if is_sharded(parameter) and layout(found) != layout(parameter):
-        found = found.redistribute(placements=layout(parameter)[1])
-    return local(found)
+    return local(divided_like(found, parameter)) if is_sharded(parameter) else found
 
 
 def sharing_group(parameter: Tensor) -> dist.ProcessGroup | None:

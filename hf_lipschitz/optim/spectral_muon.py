@@ -27,7 +27,7 @@ from hf_lipschitz.errors import UserError
 from hf_lipschitz.optim.gradients import NonFiniteGradientError as NonFiniteGradientError
 from hf_lipschitz.optim.gradients import check_gradients
 from hf_lipschitz.optim.routing import Constraint, bare_model, constraints_of, read_constraints, route
-from hf_lipschitz.optim.sharding import gradient, is_sharded, local, refuse_partitioned, sharing_group
+from hf_lipschitz.optim.sharding import divided_like, gradient, is_sharded, local, refuse_partitioned, sharing_group
 from hf_lipschitz.optim.stack_steps import step_alone, step_shared
 from hf_lipschitz.optim.stacks import Stack, build_stack, stacked_parameters
 from hf_lipschitz.optim.work_split import data_parallel_group, in_rounds, processes_of, trainer_group
@@ -283,6 +283,8 @@ class SpectralMuon(torch.optim.Optimizer):
                 state["step"] = torch.tensor(0.0)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
+            if is_sharded(parameter):
+                state.update({key: divided_like(state[key], parameter) for key in ("exp_avg", "exp_avg_sq")})
         states = [self.state[parameter] for parameter in parameters]
         # AdamW is entrywise: it works on parts, and on a mix of plain and sharded parameters.
         adamw(

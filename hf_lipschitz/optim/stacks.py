@@ -25,7 +25,16 @@ from torch import (
 
 from hf_lipschitz.caps.arithmetic import stack_pays
 from hf_lipschitz.caps.orthogonalize import update_dtype
-from hf_lipschitz.optim.sharding import gradient, is_sharded, layout, like_parameter, local, part_of, whole
+from hf_lipschitz.optim.sharding import (
+    divided_like,
+    gradient,
+    is_sharded,
+    layout,
+    like_parameter,
+    local,
+    part_of,
+    whole,
+)
 from hf_lipschitz.optim.work_split import Lot
 
 KEY = "momentum_buffer"
@@ -197,13 +206,7 @@ def build_stack(parameters: Sequence[Tensor], split: int, states: MutableMapping
 
 
 def _sharded_average(parameter: Tensor, state: MutableMapping[str, Any]) -> Tensor:
-    """The state's average, or zero, divided like the parameter; one that was loaded whole is divided first."""
-    average = state.get(KEY)
-    if average is None:
-        average = torch.zeros_like(parameter)
-    elif not is_sharded(average):
-        average = like_parameter(part_of(average, parameter).clone(), parameter)
-    elif layout(average) != layout(parameter):
-        average = average.redistribute(placements=layout(parameter)[1])
-    state[KEY] = average
-    return average
+    """The state's average, or zero, divided like the parameter."""
+    stored = state.get(KEY)
+    state[KEY] = torch.zeros_like(parameter) if stored is None else divided_like(stored, parameter)
+    return state[KEY]
