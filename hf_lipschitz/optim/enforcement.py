@@ -3,12 +3,15 @@
 It works after any optimizer's step, because it looks at weights only; where the optimizer knows the norm of its
 updates it carries bounds along instead (``NormBounds``), computes no norm in a step, and caps only what may exceed.
 Parameters are looked up by name each time: FSDP and accelerate replace parameter objects after construction.
+
+Sharded parameters (FSDP2) are gathered, measured and capped whole by every process, and each writes its part: no part
+is ever judged by its own norm. ``apply``, ``excess`` and the hooks are collective then: all processes must run them.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +26,7 @@ from hf_lipschitz.caps.verified_norms import NORMS, split_heads
 from hf_lipschitz.errors import UserError
 from hf_lipschitz.optim.norm_bounds import NormBounds
 from hf_lipschitz.optim.routing import Constraint, Route, bare_model, constraints_of, route
+from hf_lipschitz.optim.sharding import is_sharded, layout, local, part_of, refuse_flattened, refuse_partitioned, whole
 
 # Equal matrices are capped as one stack up to this many entries; benchmarks/stacking.py measures where it stops to pay.
 STACK_ENTRIES = 128 * 128
@@ -39,7 +43,7 @@ class Enforcer:
             reached the value. The constraint holds after every step either way.
 
     Raises:
-        UserError: see ``routing.route``; a headroom that is not in [0, 1).
+        UserError: see ``routing.route``; a headroom that is not in [0, 1); a model whose matrices FSDP1 has flattened.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class Enforcer:
     ) -> None:
         self.headroom = checked_headroom(headroom)
         self.model = bare_model(model)
+        refuse_flattened(self.model)
         rules = constraints_of(model) if constraints is None else constraints
         self.routes: tuple[Route, ...] = tuple(route(self.model.named_parameters(), rules))
 
@@ -62,7 +67,7 @@ class Enforcer:
 
         Raises:
             NonFiniteWeightError: a constrained parameter holds NaN or infinite entries; it is named.
-            UserError: a parameter is missing or sharded.
+            UserError: a parameter is missing, or partitioned by DeepSpeed ZeRO-3.
         """
         self._apply([each for each in self._constrained() if frozen or each[2].requires_grad], bounds=None)
 
@@ -89,12 +94,15 @@ class Enforcer:
                 reach = bounds.follow(parameter)
                 if reach <= rule.value and rule.capping.keeps:
                     continue
-            alone = None if stack_pays(parameter, STACK_ENTRIES) else name
+            # What must be gathered is not gathered all at once, whatever the device.
+            is_small = (
+                parameter.numel() <= STACK_ENTRIES if is_sharded(parameter) else stack_pays(parameter, STACK_ENTRIES)
+            )
+            alone = None if is_small else name
             # Two rules that differ in the pattern only are one action.
             action = (replace(rule, pattern=""), reach is not None)
-            groups[action, parameter.shape, parameter.dtype, parameter.device, alone].append(
-                _Member(name, parameter, reach)
-            )
+            kind = (parameter.shape, parameter.dtype, parameter.device, layout(parameter))
+            groups[action, kind, alone].append(_Member(name, parameter, reach))
         for ((rule, is_tracked), *_), members in groups.items():
             value = rule.value * (1.0 - self.headroom) if is_tracked and rule.capping.keeps else rule.value
             if bounds is None or not is_tracked:
@@ -111,12 +119,12 @@ class Enforcer:
         Costs an eigenvalue decomposition in float64 for each matrix.
 
         Raises:
-            UserError: a parameter is missing, sharded, or not finite.
+            UserError: a parameter is missing, not finite, or partitioned by DeepSpeed ZeRO-3.
         """
         found: dict[str, float] = {}
         for rule, name, parameter in self._constrained():
             try:
-                norm = NORMS[rule.norm](parameter, rule.heads)
+                norm = NORMS[rule.norm](whole(parameter), rule.heads)
             except KernelError as error:
                 raise UserError(f"parameter {name!r} has no norm: {error}") from error
             found[name] = (norm - rule.value) / rule.value
@@ -137,9 +145,8 @@ class Enforcer:
 
         def before_step(*_: Any) -> None:
             if bounds is not None:
-                for rule, name, parameter in self._constrained():
-                    if parameter.requires_grad and bounds.tracks(rule, parameter):
-                        bounds.confirm(rule, name, parameter)
+                trained = [line for line in self._constrained() if line[2].requires_grad]
+                bounds.confirm([(rule, name, each) for rule, name, each in trained if bounds.tracks(rule, each)])
 
         def after_step(*_: Any) -> None:
             self._apply([each for each in self._constrained() if each[2].requires_grad], bounds=bounds)
@@ -157,10 +164,7 @@ class Enforcer:
                     f"the constrained parameter {line.name!r} is gone: build a new Enforcer after changing a model"
                 )
             parameter = parameters[line.name]
-            if hasattr(parameter, "to_local"):
-                raise UserError(
-                    f"parameter {line.name!r} is sharded, and a shard says nothing about its matrix: gather it first"
-                )
+            refuse_partitioned(line.name, parameter)
             found.append((line.constraint, line.name, parameter))
         return found
 
@@ -201,8 +205,7 @@ class Handles:
 
 def _cap_in_place(rule: Constraint, value: float, members: list[_Member]) -> None:
     """Cap equal parameters, as one stack where there are several."""
-    parameters = [member.parameter for member in members]
-    weights = [_as_matrices(rule, parameter) for parameter in parameters]
+    weights = [_as_matrices(rule, whole(member.parameter)) for member in members]
     weight = weights[0] if len(weights) == 1 else torch.stack(weights)
     heads = rule.heads or 1
     settings: dict[str, Any] = {}
@@ -212,20 +215,29 @@ def _cap_in_place(rule: Constraint, value: float, members: list[_Member]) -> Non
         capped = rule.capping.function(weight, value=value, **settings)
     except NonFiniteWeightError as error:
         raise NonFiniteWeightError(error.cap, error.index, error.entry, members[error.index // heads].name) from None
-    for parameter, new in zip(parameters, capped.reshape(len(members), *parameters[0].shape), strict=True):
-        parameter.copy_(new)
+    _write(members, capped.reshape(len(members), *members[0].parameter.shape))
 
 
 def _correct_in_place(rule: Constraint, value: float, members: list[_Member], bounds: NormBounds) -> bool:
     """The fast way, for caps that subtract a correction from float32 weights; False where there is none."""
-    parameters = [member.parameter for member in members]
-    if rule.capping.correction is None or parameters[0].dtype != torch.float32:
+    if rule.capping.correction is None or members[0].parameter.dtype != torch.float32:
         return False
     heads = rule.heads or 1
-    matrices = [block for parameter in parameters for block in parameter.view(heads, -1, parameter.shape[-1])]
+    wholes = [whole(member.parameter) for member in members]
+    matrices = [block for weight in wholes for block in weight.view(heads, -1, weight.shape[-1])]
     reach = [member.reach for member in members if member.reach is not None for _ in range(heads)]
     work_SMN = bounds.optimizer.work_memory((len(matrices), *matrices[0].shape), matrices[0])
-    return correct_(matrices, work_SMN, rule.capping.correction, value=value, reach=reach)
+    if not correct_(matrices, work_SMN, rule.capping.correction, value=value, reach=reach):
+        return False
+    if is_sharded(members[0].parameter):  # else the parameters themselves were corrected
+        _write(members, wholes)
+    return True
+
+
+def _write(members: Sequence[_Member], weights: Iterable[Tensor]) -> None:
+    """Store whole weights; of a sharded parameter each process stores its part."""
+    for member, weight in zip(members, weights, strict=True):
+        local(member.parameter).copy_(part_of(weight, member.parameter))
 
 
 def _as_matrices(rule: Constraint, parameter: Tensor) -> Tensor:

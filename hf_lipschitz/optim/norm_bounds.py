@@ -5,13 +5,15 @@ cap brings it down to the cap. No step needs a norm, then: one is computed, with
 whenever somebody else has written to the weights (torch counts writes in ``tensor._version``; ``.data`` escapes that).
 The bounds lie in the optimizer's state as plain numbers, so that checkpoints carry them and a resumed run goes on bit
 for bit; after loading they are believed only if the weights' proved norms are within them.
+
+Of a sharded matrix each process sees writes to its own part only, so all agree first on which norms are needed.
 """
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +23,7 @@ from hf_lipschitz.bounds.errors import KernelError
 from hf_lipschitz.caps.verified_norms import NORMS
 from hf_lipschitz.errors import UserError
 from hf_lipschitz.optim.routing import Constraint
+from hf_lipschitz.optim.sharding import largest_anywhere, local, mesh_groups, whole
 
 KEY = "norm_bound"
 _TRACKED = {torch.float32: 2.0**-24, torch.float64: 2.0**-53}  # their unit roundoffs
@@ -64,18 +67,34 @@ class NormBounds:
         is_spectral = rule.norm in ("spectral", "per_head") and rule.capping.promises
         return is_spectral and parameter.dtype in _TRACKED and self._group(parameter) is not None
 
-    def confirm(self, rule: Constraint, name: str, parameter: Tensor) -> None:
-        """Before a step: the bound holds for the weights as they are, or is replaced by a proved norm.
+    def confirm(self, tracked: Sequence[tuple[Constraint, str, Tensor]]) -> None:
+        """Before a step: the bounds hold for the weights as they are, or are replaced by proved norms.
+
+        Collective where a parameter is sharded.
+
+        Args:
+            tracked: rule, name and parameter of each that ``tracks`` is true of, in the same order on every process.
 
         Raises:
             UserError: the weights have no norm (NaN or infinite entries).
         """
+        parameters = [parameter for _, _, parameter in tracked]
+        is_new = largest_anywhere([self._is_new(parameter) for parameter in parameters], mesh_groups(parameters))
+        for (rule, name, parameter), must in zip(tracked, is_new, strict=True):
+            if must:
+                self._measure(rule, name, parameter)
+
+    def _is_new(self, parameter: Tensor) -> bool:
+        """Whether this process does not know the state, or not the weights."""
         stored = self.optimizer.state[parameter].get(KEY)
         version, bound = self._known.get(parameter, (None, None))
-        if stored is not None and stored == bound and version == _version(parameter):
-            return
+        return stored is None or stored != bound or version != _version(parameter)
+
+    def _measure(self, rule: Constraint, name: str, parameter: Tensor) -> None:
+        stored = self.optimizer.state[parameter].get(KEY)
+        _, bound = self._known.get(parameter, (None, None))
         try:
-            norm = NORMS[rule.norm](parameter, rule.heads)
+            norm = NORMS[rule.norm](whole(parameter), rule.heads)
         except KernelError as error:
             raise UserError(f"parameter {name!r} has no norm: {error}") from error
         is_new = bound is None or stored != bound
@@ -123,4 +142,4 @@ class NormBounds:
 
 
 def _version(parameter: Tensor) -> int:
-    return parameter._version
+    return local(parameter)._version

@@ -6,35 +6,44 @@ by ``1 - lr * weight_decay``. Constraints are kept by an ``Enforcer`` attached t
 
 Parameter groups hold numbers, texts and booleans only, and no state refers to a parameter except through them, so that
 accelerate, FSDP and checkpoints may copy and replace what they like.
+
+Processes that train equal copies share the orthogonalisation (work_split.py). Of sharded parameters (FSDP2) each
+process averages and moves its part; directions are orthogonalised whole (sharding.py).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from hf_lipschitz.caps.orthogonalize import UPDATE_NORM_BOUND, orthogonalize_, update_dtype
+from hf_lipschitz.caps.orthogonalize import UPDATE_NORM_BOUND, update_dtype
 from hf_lipschitz.caps.schedules import schedule
 from hf_lipschitz.errors import UserError
+from hf_lipschitz.optim.gradients import NonFiniteGradientError as NonFiniteGradientError
+from hf_lipschitz.optim.gradients import check_gradients
 from hf_lipschitz.optim.routing import Constraint, bare_model, constraints_of, read_constraints, route
-from hf_lipschitz.optim.stacks import MatrixStack, build_stack, stacked_parameters
+from hf_lipschitz.optim.sharding import divided_like, gradient, is_sharded, local, refuse_partitioned, sharing_group
+from hf_lipschitz.optim.stack_steps import step_alone, step_shared
+from hf_lipschitz.optim.stacks import Stack, build_stack, stacked_parameters
+from hf_lipschitz.optim.work_split import data_parallel_group, in_rounds, processes_of, trainer_group
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # Equal matrices are orthogonalised as one stack up to this size; benchmarks/stacking.py measures where it stops to pay.
 STACK_ENTRIES = 256 * 256
+# Shared updates are exchanged whenever there are this many entries: it bounds the memory that they take on a process.
+ROUND_ENTRIES = 2**28
 
 _ROLE_KEYS = {
     "matrix": ("lr", "momentum", "nesterov", "weight_decay", "steps", "split"),
     "other": ("lr", "beta1", "beta2", "eps", "weight_decay"),
 }
-
-
-class NonFiniteGradientError(ValueError):
-    """A gradient holds NaN or infinite entries; no parameter and no state was changed."""
 
 
 class SpectralMuon(torch.optim.Optimizer):
@@ -51,16 +60,24 @@ class SpectralMuon(torch.optim.Optimizer):
         weight_decay: decoupled decay of matrices, a step multiplies by 1 - lr * weight_decay.
         steps: quintic steps of ``orthogonalize``.
         adamw_lr, adamw_betas, adamw_eps, adamw_weight_decay: AdamW's, for the role "other".
+        process_group: processes that hold equal weights and get equal gradients, as under DistributedDataParallel: they
+            share the orthogonalisation of plain matrices. None: each does all of it. It is part of no state dict and no
+            pickle. Sharded matrices need none, they name their processes themselves.
 
     Behaviour worth knowing:
         - A NaN or infinite gradient makes ``step`` raise before anything is changed, so that weights and constraint
           stay true; a GradScaler skips such steps before they get here.
         - A zero gradient leaves AdamW's and Muon's averages decaying; a matrix whose average is zero does not move.
         - Parameters without gradient are skipped. State is kept in the parameter's dtype, as torch's optimizers do.
+        - With shared work or sharded parameters ``step`` is collective: all processes make it, with gradients for the
+          same parameters, and where one refuses a gradient all do.
 
     Raises:
         ValueError: a group without a role, a matrix group with a parameter that is not a matrix, a number out of range.
     """
+
+    #: Who shares the work on plain matrices; may be changed between steps, on all processes alike.
+    process_group: ProcessGroup | None = None
 
     def __init__(
         self,
@@ -75,6 +92,7 @@ class SpectralMuon(torch.optim.Optimizer):
         adamw_betas: tuple[float, float] = (0.9, 0.95),
         adamw_eps: float = 1e-8,
         adamw_weight_decay: float = 0.0,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         beta1, beta2 = adamw_betas
         self._role_defaults: dict[str, dict[str, float | bool]] = {
@@ -96,12 +114,13 @@ class SpectralMuon(torch.optim.Optimizer):
         }
         #: The rules from which ``from_model`` built the groups, as plain data; None for groups given by hand.
         self.constraints: list[dict[str, Any]] | None = None
+        self.process_group = process_group
         self._forget()
         super().__init__(groups, {"lr": lr})
 
     def _forget(self) -> None:
         """Drop what is derived from groups and states: stacks by group, and work memory."""
-        self._stacks: dict[int, list[MatrixStack]] = {}
+        self._stacks: dict[int, list[Stack]] = {}
         self._work: dict[Any, Tensor] = {}
 
     @classmethod
@@ -115,7 +134,8 @@ class SpectralMuon(torch.optim.Optimizer):
     ) -> SpectralMuon:
         """Build the groups: what a cap of the spectral norm bounds is a "matrix", everything else is "other".
 
-        A matrix with a cap on each head is orthogonalised head by head.
+        A matrix with a cap on each head is orthogonalised head by head. The processes of a DistributedDataParallel
+        model share the work; ``process_group=None`` prevents that.
 
         Args:
             model: the model; parameters that do not require a gradient are left out.
@@ -125,6 +145,7 @@ class SpectralMuon(torch.optim.Optimizer):
         Raises:
             UserError: see ``routing.route``; no trainable matrix is constrained.
         """
+        settings.setdefault("process_group", data_parallel_group(model))
         model = bare_model(model)
         parameters = dict(model.named_parameters())
         rules = read_constraints(constraints_of(model) if constraints is None else constraints)
@@ -171,19 +192,12 @@ class SpectralMuon(torch.optim.Optimizer):
         _check_group(group, role)
         super().add_param_group(group)
         if role == "matrix":
-            for parameter in self.param_groups[-1]["params"]:
-                if parameter.ndim != 2:
-                    shape = tuple(parameter.shape)
-                    self.param_groups.pop()
-                    raise UserError(
-                        f"a parameter of shape {shape} is no matrix: put it in a group with the role 'other'"
-                    )
-                if parameter.shape[0] % group["split"]:
-                    shape = tuple(parameter.shape)
-                    self.param_groups.pop()
-                    raise UserError(
-                        f"the rows of a parameter of shape {shape} do not divide into split={group['split']} blocks"
-                    )
+            try:
+                for parameter in self.param_groups[-1]["params"]:
+                    _check_matrix(parameter, group["split"])
+            except UserError:
+                self.param_groups.pop()
+                raise
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -197,52 +211,37 @@ class SpectralMuon(torch.optim.Optimizer):
 
         Raises:
             NonFiniteGradientError: a gradient holds NaN or infinite entries; nothing was changed.
-            ValueError: a gradient is sparse, or a parameter sharded.
+            UserError: a matrix is none any more, or processes that share work have gradients for different parameters.
+            ValueError: a gradient is sparse.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._check_gradients()
+        check_gradients([p for group in self.param_groups for p in group["params"]], self.process_group)
+        shared: dict[Any, list[tuple[Stack, dict[str, Any]]]] = {}
         for index, group in enumerate(self.param_groups):
-            if group["role"] == "matrix":
-                self._step_matrices(index, group)
-            else:
+            if group["role"] == "other":
                 self._step_others(group)
+                continue
+            for stack in self._stacks_of(index, group):
+                processes = self._sharing(stack)
+                if processes is None:
+                    step_alone(stack, group, self._memory)
+                else:
+                    shared.setdefault((processes, stack.parameters[0].device), []).append((stack, group))
+        for (processes, _), work in shared.items():
+            for members in in_rounds([stack.lot for stack, _ in work], ROUND_ENTRIES):
+                step_shared(work[members.start : members.stop], processes, self._memory)
         return loss
 
-    def _check_gradients(self) -> None:
-        """Refuse what must not reach the weights, before anything is changed."""
-        found = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for parameter in found:
-            if parameter.grad.is_sparse:
-                raise ValueError("SpectralMuon needs dense gradients: create the embedding with sparse=False")
-            if hasattr(parameter, "to_local"):
-                raise ValueError(
-                    "SpectralMuon cannot update sharded parameters, a shard has another norm than its matrix"
-                )
-        # A sum is finite only if all its terms are, and several times faster than a largest magnitude; finite terms may
-        # overflow it, so it never refuses alone.
-        sums = [parameter.grad.sum() for parameter in found]
-        if not sums or bool(torch.isfinite(torch.stack([total.to(sums[0]) for total in sums])).all()):
-            return
-        bad = next((p for p in found if not torch.isfinite(p.grad).all()), None)
-        if bad is not None:
-            raise NonFiniteGradientError(
-                f"the gradient of a parameter of shape {tuple(bad.shape)} holds NaN or infinite entries and nothing "
-                "was updated: lower the learning rate, clip gradients, or train in a dtype of wider range"
-            )
+    def _sharing(self, stack: Stack) -> ProcessGroup | None:
+        """Who shares the work on a stack; None: every process does it."""
+        first = stack.parameters[0]
+        group = sharing_group(first) if is_sharded(first) else self.process_group
+        return group if processes_of(group) > 1 else None
 
-    def _step_matrices(self, index: int, group: dict[str, Any]) -> None:
-        for stack in self._stacks_of(index, group):
-            stack.average(group["momentum"])
-            work_SMN = self.work_memory(stack.averages_SMN.shape, stack.averages_SMN)
-            stack.direct(work_SMN, group["momentum"], nesterov=group["nesterov"])
-            compute = update_dtype(stack.averages_SMN)
-            updates_SMN = orthogonalize_(work_SMN, steps=group["steps"], compute_dtype=compute)
-            stack.move(updates_SMN, step=-group["lr"], keep=1.0 - group["lr"] * group["weight_decay"])
-
-    def _stacks_of(self, index: int, group: dict[str, Any]) -> list[MatrixStack]:
+    def _stacks_of(self, index: int, group: dict[str, Any]) -> list[Stack]:
         """The group's matrices that have a gradient, in stacks: those of the last step, where nothing has changed."""
         members = stacked_parameters((p for p in group["params"] if p.grad is not None), STACK_ENTRIES)
         stacks = self._stacks.get(index, [])
@@ -251,6 +250,8 @@ class SpectralMuon(torch.optim.Optimizer):
             for stack, parameters in zip(stacks, members, strict=True)
         )
         if not same:
+            for parameters in members:
+                _check_matrix(parameters[0], group["split"])
             stacks = [build_stack(parameters, group["split"], self.state) for parameters in members]
             self._stacks[index] = stacks
         return stacks
@@ -260,9 +261,12 @@ class SpectralMuon(torch.optim.Optimizer):
 
         It is kept from step to step; whoever asks next may overwrite it.
         """
-        key = (tuple(shape), torch.promote_types(like.dtype, torch.float32), like.device)
+        return self._memory("work", shape, torch.promote_types(like.dtype, torch.float32), like.device)
+
+    def _memory(self, use: str | int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        key = (use, tuple(shape), dtype, device)
         if key not in self._work:
-            self._work[key] = torch.empty(key[0], dtype=key[1], device=key[2])
+            self._work[key] = torch.empty(key[1], dtype=dtype, device=device)
         return self._work[key]
 
     def update_norm(self, group: Mapping[str, Any], parameter: Tensor) -> float:
@@ -279,12 +283,15 @@ class SpectralMuon(torch.optim.Optimizer):
                 state["step"] = torch.tensor(0.0)
                 state["exp_avg"] = torch.zeros_like(parameter)
                 state["exp_avg_sq"] = torch.zeros_like(parameter)
+            if is_sharded(parameter):
+                state.update({key: divided_like(state[key], parameter) for key in ("exp_avg", "exp_avg_sq")})
         states = [self.state[parameter] for parameter in parameters]
+        # AdamW is entrywise: it works on parts, and on a mix of plain and sharded parameters.
         adamw(
-            parameters,
-            [parameter.grad for parameter in parameters],
-            [state["exp_avg"] for state in states],
-            [state["exp_avg_sq"] for state in states],
+            [local(parameter) for parameter in parameters],
+            [gradient(parameter) for parameter in parameters],
+            [local(state["exp_avg"]) for state in states],
+            [local(state["exp_avg_sq"]) for state in states],
             [],
             [state["step"] for state in states],
             amsgrad=False,
@@ -295,6 +302,19 @@ class SpectralMuon(torch.optim.Optimizer):
             eps=group["eps"],
             maximize=False,
         )
+
+
+def _check_matrix(parameter: Tensor, split: int) -> None:
+    """Raise UserError for what cannot be orthogonalised."""
+    shape = tuple(parameter.shape)
+    refuse_partitioned(f"of shape {shape}", parameter)
+    if parameter.ndim != 2:
+        raise UserError(
+            f"a parameter of shape {shape} is no matrix: put it in a group with the role 'other', and shard with "
+            "fully_shard (FSDP2) rather than FSDP1 or DeepSpeed ZeRO, which flatten matrices"
+        )
+    if parameter.shape[0] % split:
+        raise UserError(f"the rows of a parameter of shape {shape} do not divide into split={split} blocks")
 
 
 def _check_group(group: Mapping[str, Any], role: str) -> None:
@@ -316,7 +336,8 @@ def spectral_muon() -> Callable[..., SpectralMuon]:
     *not* add its ``learning_rate``, so give it: ``{"args": training_arguments}`` takes ``learning_rate`` and
     ``weight_decay`` (both for matrices) from the TrainingArguments, whose default of 5e-5 suits AdamW and hardly moves
     a matrix by this measure; ``{"lr": 0.05}`` sets it directly. ``{"constraints": [...]}`` replaces
-    ``model.config.constraints``; the remaining keys are those of ``SpectralMuon``.
+    ``model.config.constraints``; the remaining keys are those of ``SpectralMuon``. With ``"args"`` the processes of a
+    run under DistributedDataParallel share the work (``work_split.trainer_group``).
     """
     return _from_trainer
 
@@ -337,6 +358,8 @@ def _from_trainer(
     if args is not None:
         lr = args.learning_rate if lr is None else lr
         settings.setdefault("weight_decay", args.weight_decay)
+        if not any(is_sharded(parameter) for parameter in model.parameters()):
+            settings.setdefault("process_group", trainer_group(args))
     if lr is None:
         raise UserError(
             'spectral_muon got no learning rate, and the Trainer does not pass its own: add "args": training_arguments '

@@ -24,12 +24,18 @@ from hf_lipschitz.models.certified_model import UncertifiedWarning
 from hf_lipschitz.optim.disagreement import ConstraintMismatchWarning, disagreements
 from hf_lipschitz.optim.enforcement import Enforcer, bare_model, checked_headroom
 from hf_lipschitz.optim.routing import read_constraints, routing_table
+from hf_lipschitz.optim.sharding import is_sharded
 from hf_lipschitz.remote_code import REMOTE_FILE_NAME
 from hf_lipschitz.training.lower_tracking import LowerTracking
 
 BOUND_KEY = "lipschitz_bound"
 EXCESS_KEY = "cap_excess_max"
 LOWER_KEY = "lipschitz_lower_estimate"
+
+_NO_FIGURES = (
+    "the model is sharded, so it is kept within its caps but log lines carry neither its bound nor its excess: save it "
+    "gathered (state dict type FULL_STATE_DICT) and the checkpoint is certified, or run hf-lipschitz certify on one"
+)
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -57,6 +63,9 @@ class LipschitzCallback(TrainerCallback):
 
     A model without ``bound_program`` is kept within its caps too, with an ``UncertifiedWarning``: neither its log lines
     nor its checkpoints can state a bound.
+
+    A sharded model (FSDP2) is kept within its caps as well. Its log lines carry no figures, which need the whole
+    weights: one process writes them and cannot gather alone. A warning says so once.
 
     Raises:
         UserError: a rule of ``constraint`` is malformed, a headroom is no share, or ``estimate_every`` is below 1.
@@ -89,7 +98,8 @@ class LipschitzCallback(TrainerCallback):
         """Route the constraint, make the initial weights satisfy it, and attach the caps to the optimizer.
 
         Raises:
-            UserError: the constraint does not fit the model, a weight is sharded or not finite, or hub_always_push.
+            UserError: the constraint does not fit the model, a weight is not finite or partitioned by ZeRO-3, or
+                hub_always_push.
         """
         _refuse_always_push(args)  # again: a callback added later misses on_init_end
         self._detach()  # of a run that an error ended
@@ -102,6 +112,8 @@ class LipschitzCallback(TrainerCallback):
         if state.is_world_process_zero:
             _LOGGER.info("which parameter carries which constraint:\n%s", self.routing_table())
             _warn_of(disagreements(model, self.constraint, kwargs["optimizer"]))
+            if self.log_bound and _is_sharded(model):
+                warnings.warn(_NO_FIGURES, UncertifiedWarning, stacklevel=2)
         if self.constraint is not None and hasattr(model, "config"):
             model.config.constraints = self.constraint  # saved with the checkpoint, for whoever trains on
         if not hasattr(model, "bound_program"):
@@ -162,13 +174,15 @@ class LipschitzCallback(TrainerCallback):
 
     def figures(self, model: torch.nn.Module) -> dict[str, float]:
         """``lipschitz_bound`` and ``cap_excess_max`` of the weights as they are now, the former only where it is known;
-        ``lipschitz_lower_estimate`` where it is due.
+        ``lipschitz_lower_estimate`` where it is due; none of a sharded model.
 
         Raises:
             UserError: the weights have no bound; the message names the tensor.
         """
-        enforcer = self.enforcer or Enforcer(model, self.constraint)
         bare: Any = bare_model(model)
+        if _is_sharded(bare):
+            return {}
+        enforcer = self.enforcer or Enforcer(model, self.constraint)
         found = {EXCESS_KEY: enforcer.max_excess()}
         if hasattr(bare, "bound_program"):
             try:
@@ -204,6 +218,11 @@ class LipschitzCallback(TrainerCallback):
         for name in (FILE_NAME, REMOTE_FILE_NAME):
             if (checkpoint / name).is_file():
                 _replace(checkpoint / name, target / name)
+
+
+def _is_sharded(model: torch.nn.Module) -> bool:
+    """Whether a process holds parts of parameters only."""
+    return any(is_sharded(parameter) for parameter in model.parameters())
 
 
 def _refuse_always_push(args: TrainingArguments) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from hf_lipschitz.caps.arithmetic import NonFiniteWeightError
 from hf_lipschitz.caps.registry import CAPS
@@ -180,16 +180,20 @@ def test_a_parameter_that_is_not_finite_is_named() -> None:
         enforcer.apply()
 
 
-def test_a_shard_is_refused() -> None:
-    class Shard(nn.Parameter):
-        def to_local(self) -> Tensor:
-            return self
-
+def test_weights_that_others_partition_or_flatten_are_refused() -> None:
     model = small_net()
-    model.head.weight = Shard(torch.ones(4, 8))
-    for use in (lambda enforcer: enforcer.apply(), lambda enforcer: enforcer.excess()):
-        with pytest.raises(UserError, match=r"parameter 'head.weight' is sharded"):
-            use(Enforcer(model, CONSTRAINTS))
+    enforcer = Enforcer(model, CONSTRAINTS)
+    model.head.weight = nn.Parameter(torch.empty(0))  # as DeepSpeed ZeRO-3 leaves it
+    for use in (enforcer.apply, enforcer.excess):
+        with pytest.raises(UserError, match=r"'head.weight' has no entries on this process, as under .*ZeRO-3"):
+            use()
+    model.head.weight = nn.Parameter(torch.ones(4, 8))
+    model.head.weight.ds_id = 1  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="ZeRO-3"):
+        enforcer.apply()
+    flattened = type("FullyShardedDataParallel", (nn.Sequential,), {})(nn.Linear(2, 2))
+    with pytest.raises(UserError, match=r"FullyShardedDataParallel \(FSDP1\) flattens matrices"):
+        Enforcer(flattened, CONSTRAINTS)
 
 
 def test_frozen_parameters_are_left_to_the_user_after_a_step() -> None:

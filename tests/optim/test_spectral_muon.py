@@ -251,20 +251,25 @@ def test_zero_and_missing_gradients_move_nothing() -> None:
     assert torch.equal(parameter, before)
 
 
-def test_sparse_and_sharded_gradients_are_refused() -> None:
-    class Shard(nn.Parameter):
-        def to_local(self) -> Tensor:
-            return self
-
+def test_sparse_gradients_are_refused() -> None:
     embedding = nn.Embedding(4, 3, sparse=True)
     optimizer = SpectralMuon([{"params": list(embedding.parameters()), "role": "other"}], lr=0.1)
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(ValueError, match="needs dense gradients"):
         optimizer.step()
-    shard = Shard(torch.ones(2, 2))
-    optimizer = SpectralMuon([{"params": [shard], "role": "matrix"}], lr=0.1)
-    shard.grad = torch.ones(2, 2)
-    with pytest.raises(ValueError, match="cannot update sharded parameters"):
+
+
+def test_matrices_that_others_partition_or_flatten_are_refused() -> None:
+    partitioned = nn.Parameter(torch.empty(0))
+    partitioned.ds_id = 3  # as DeepSpeed ZeRO-3 marks it
+    for parameter in (partitioned, nn.Parameter(torch.empty(0, 4))):
+        with pytest.raises(UserError, match=r"no entries on this process, as under DeepSpeed ZeRO-3"):
+            SpectralMuon([{"params": [parameter], "role": "matrix"}], lr=0.1)
+    parameter, optimizer = one_matrix(torch.ones(2, 2))
+    flat = nn.Parameter(torch.ones(4))
+    flat.grad = torch.ones(4)
+    optimizer.param_groups[0]["params"] = [flat]  # as FSDP1 and ZeRO do after construction
+    with pytest.raises(UserError, match=r"shape \(4,\) is no matrix: .* rather than FSDP1 or DeepSpeed ZeRO"):
         optimizer.step()
 
 
