@@ -61,6 +61,13 @@ def test_the_gathered_weights_are_within_their_caps_after_every_step(reports: An
         assert one[run]["excess"] <= 0.0
 
 
+def test_the_trainer_shares_the_work_of_a_data_parallel_run(reports: Any) -> None:
+    single, both = reports
+    assert [one["trainer"]["shared among"] for one in (single, *both)] == [1, 2, 2]
+    assert distance(both[0]["trainer"]["weights"], both[1]["trainer"]["weights"]) == 0.0
+    assert distance(both[0]["trainer"]["weights"], single["trainer"]["weights"]) < 1e-10
+
+
 def test_an_update_that_is_not_sent_is_found(reports: Any) -> None:
     single, both = reports
     assert distance(both[0]["without sending"]["weights"], single["replicated torch.float64"]["weights"]) > 0.01

@@ -31,7 +31,9 @@ from hf_lipschitz.optim import stack_steps
 from hf_lipschitz.optim.enforcement import Enforcer
 from hf_lipschitz.optim.norm_bounds import StaleStateWarning
 from hf_lipschitz.optim.sharding import local
-from hf_lipschitz.optim.spectral_muon import NonFiniteGradientError, SpectralMuon
+from hf_lipschitz.optim.spectral_muon import NonFiniteGradientError, SpectralMuon, spectral_muon
+from hf_lipschitz.optim.work_split import processes_of
+from tests.leaving import leave_together
 
 RULES: list[dict[str, Any]] = [
     {"pattern": r"(first|gate)\.weight", "cap": "spectral_soft_cap", "norm": "spectral", "value": 0.6},
@@ -229,6 +231,43 @@ def written_by_one(process: Process) -> dict[str, Any]:
     return {"shares": process.train(model, optimizer, range(2, STEPS))}
 
 
+class Regression(nn.Module):
+    """The model with a loss, as the Trainer calls it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net(torch.float64)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"loss": (self.net(x) - 1.0).square().mean()}
+
+
+def trained_by_trainer(process: Process, folder: Path) -> dict[str, Any]:
+    """The Trainer's factory finds out by itself that work can be shared."""
+    from transformers import Trainer, TrainingArguments  # not before: others import this module for its models
+
+    arguments = TrainingArguments(
+        output_dir=str(folder / "trainer"),
+        learning_rate=0.1,
+        per_device_train_batch_size=BATCH // process.count,
+        max_steps=STEPS,
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        report_to=[],
+    )
+    generator = torch.Generator().manual_seed(0)
+    data = [{"x": torch.randn(6, generator=generator, dtype=torch.float64)} for _ in range(STEPS * BATCH)]
+    rules = [{**rule, "pattern": r"net\." + rule["pattern"]} for rule in RULES]
+    factory = (spectral_muon, {"args": arguments, "constraints": rules})
+    model = Regression()
+    trainer = Trainer(model=model, args=arguments, train_dataset=data, optimizer_cls_and_kwargs=factory)
+    optimizer: Any = trainer.create_optimizer()
+    Enforcer(model, rules).attach(optimizer)
+    trainer.train()
+    return {"weights": gathered(model.net), "shared among": processes_of(optimizer.process_group)}
+
+
 def main(folder: Path) -> None:
     """Everything, one after the other."""
     process = Process()
@@ -238,6 +277,7 @@ def main(folder: Path) -> None:
         jobs[f"sharded {dtype}"] = lambda dtype=dtype: run(process, process.sharded(dtype))
     jobs["refused"] = lambda: refused(process)
     jobs["written by one"] = lambda: written_by_one(process)
+    jobs["trainer"] = lambda: trained_by_trainer(process, folder)
     if process.count > 1:
         jobs["continued"] = lambda: continued(process, folder)
         jobs["without sending"] = lambda: without_sending(process)
@@ -249,13 +289,9 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     warnings.simplefilter("error", StaleStateWarning)
     torch.set_num_threads(1)
-    is_together = "WORLD_SIZE" in os.environ
-    if is_together:
-        dist.init_process_group("gloo")
-    try:
+    if "WORLD_SIZE" not in os.environ:
         main(Path(sys.argv[1]))
-        if is_together:
-            dist.barrier()  # nobody closes its connections while another still uses them
-    finally:
-        if is_together:
-            dist.destroy_process_group()
+    else:
+        dist.init_process_group("gloo")
+        main(Path(sys.argv[1]))
+        leave_together()

@@ -18,6 +18,7 @@ import transformers.utils.logging
 from hf_lipschitz.optim.enforcement import Enforcer
 from hf_lipschitz.training.recipe import load_recipe, packaged_recipe
 from hf_lipschitz.training.run import train
+from tests.leaving import leave_together
 from tests.training.small import tiny_model, tiny_trainer
 
 RECIPE = {
@@ -55,3 +56,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     main(Path(sys.argv[1]))
+    if "WORLD_SIZE" in os.environ:
+        leave_together()
