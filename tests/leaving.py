@@ -3,7 +3,7 @@
 A thread of gloo lets go of the last exchange's tensors some time after the main thread has gone on, and needs Python's
 lock for that. Where the interpreter is being taken down meanwhile, Python ends the waiting thread inside a C++
 destructor, which ends the process: "terminate called without an active exception", SIGABRT (seen in a debugger, torch
-2.14.1, Python 3.11; one run in five or so on a loaded machine). ``destroy_process_group`` does not stop these threads,
+2.14.1, Python 3.11; now and then, how often is not known). ``destroy_process_group`` does not stop these threads,
 because device meshes keep their groups. So nothing is taken down: the process just ends.
 """
 
