@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.mutation import campaign
 from tests.mutation.campaign import ROOT
 from tests.mutation.mutants import Mutant, bound_files, mutants_of
 from tests.mutation.report import Result, read_reasons, reason_of, table, verdict
@@ -78,6 +79,18 @@ def test_verdict() -> None:
 
 def test_reasons_are_sentences() -> None:
     assert read_reasons(Path(__file__).with_name("reasons.yaml"))
+
+
+@pytest.mark.parametrize("failing", [True, False], ids=["core", "rules"])
+def test_a_check_that_fails_without_a_mistake_stops_a_campaign(
+    failing: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else it would seem to catch every mutant that it is run on: those of the core, or those of rules."""
+    from tests.mutation import killers
+
+    monkeypatch.setattr(killers, "killed_by", lambda ops, core, known: ["a check: fails"] if core is failing else [])
+    assert campaign.baseline([], True, ROOT / "hf_lipschitz", tmp_path) == ["a check: fails"]
+    assert campaign.baseline([], False, ROOT / "hf_lipschitz", tmp_path) == ([] if failing else ["a check: fails"])
 
 
 @pytest.mark.slow_ci
