@@ -8,7 +8,8 @@ the same matrices and gradients. Unset what steers the BLAS, so that it is the o
 Parts (``--parts``): ``step`` times steps over the matrices of whole models, with caps in each step (bounds are at the
 caps) and with a headroom of 5 %; ``error`` compares the distance to the polar factor and the largest
 singular value on a spectrum from 1 to 1e-3; ``training`` times whole training steps of LipViT-small at batch 128 with
-SpectralMuon and cap, without cap, and with fused AdamW; ``memory`` weighs what an optimizer holds beside the weights.
+SpectralMuon and cap, without cap, and with fused AdamW; ``caps`` times
+single caps against an SVD; ``memory`` weighs what an optimizer holds beside the weights.
 On a machine with CUDA the same runs there (``--device cuda``) and the table names the card.
 """
 
@@ -29,6 +30,7 @@ from torch.optim._muon import _zeropower_via_newtonschulz as newton_schulz
 
 from hf_lipschitz.caps.arithmetic import matmul_dtype
 from hf_lipschitz.caps.orthogonalize import orthogonalize
+from hf_lipschitz.caps.registry import CAPS
 from hf_lipschitz.models.lip_vit.configuration_lip_vit import LipViTConfig
 from hf_lipschitz.models.lip_vit.modeling_lip_vit import LipViTForImageClassification
 from hf_lipschitz.optim.enforcement import Enforcer
@@ -99,37 +101,26 @@ def muon(shapes: Shapes, device: torch.device) -> Callable[[], object]:
 
 
 def ours(shapes: Shapes, device: torch.device, *, cap: str | None, headroom: float = 0.0) -> Callable[[], object]:
-    """A step of SpectralMuon; with a cap, every bound stands at its value already."""
+    """A step of SpectralMuon; with a cap, every bound stands at its value after the steps that warm up."""
     model = Matrices(shapes, device)
     rules = [{"pattern": r"weights\.\d+", "cap": cap or "decay", "norm": "spectral", "value": VALUE}]
     optimizer = SpectralMuon.from_model(model, rules, lr=LR, momentum=0.95)
     if cap is not None:
         Enforcer(model, rules, headroom=headroom).attach(optimizer)
-        for _ in range(round(2.0 / LR) if headroom else 1):  # lazy caps of all matrices would fall due together
-            optimizer.step()
-            if not headroom:
-                break
     return optimizer.step
 
 
 def step_rows(repeats: int, device: torch.device) -> list[tuple[str, ...]]:
-    """Ratios of whole steps."""
+    """Ratios of whole steps; of the lazy cap six together, because it acts in every third at this rate."""
     rows = [("matrices", "torch Muon, ms", "no cap", "soft cap", "power cap", "decay", "soft cap, lazy 5 %")]
     for name, shapes in cases().items():
         lazy = ours(shapes, device, cap="spectral_soft_cap", headroom=0.05)
         functions = [muon(shapes, device), ours(shapes, device, cap=None)]
         functions += [ours(shapes, device, cap=cap) for cap in ("spectral_soft_cap", "spectral_power_cap", "decay")]
-        times = medians(functions, repeats, device)
-        # A lazy cap acts in every third step at this rate: so its mean counts, not its median.
-        [reference] = medians([functions[0]], 1, device)
-        sync(device)
-        start = time.perf_counter()
-        for _ in range(6):
-            lazy()
-        sync(device)
-        mean = (time.perf_counter() - start) / 6
-        ratios = [f"{each / times[0]:.2f}" for each in times[1:]]
-        rows.append((name, f"{times[0] * 1e3:.1f}", *ratios, f"{mean / min(reference, times[0]):.2f}"))
+        functions.append(lambda lazy=lazy: [lazy() for _ in range(6)])
+        reference, *others = medians(functions, repeats, device)
+        ratios = [f"{each / reference:.2f}" for each in (*others[:-1], others[-1] / 6)]
+        rows.append((name, f"{reference * 1e3:.1f}", *ratios))
         print(" | ".join(rows[-1]), flush=True)
     return rows
 
@@ -196,6 +187,21 @@ def training_rows(repeats: int, device: torch.device, batch: int) -> list[tuple[
     ]
 
 
+def cap_rows(repeats: int, device: torch.device) -> list[tuple[str, ...]]:
+    """Caps of one matrix 5 % above its cap, norms computed anew, in times of ``torch.linalg.svd`` of it."""
+    names = [name for name, cap in CAPS.items() if cap.norm == "spectral"]
+    rows = [("matrix", "SVD, ms", *names)]
+    for m, n in ((256, 256), (256, 1024), (512, 512)):
+        weight = Matrices([(m, n)], device).weights[0].detach()
+        weight = weight * (1.05 * VALUE / torch.linalg.matrix_norm(weight, 2))
+        functions: list[Callable[[], object]] = [lambda weight=weight: torch.linalg.svd(weight, full_matrices=False)]
+        functions += [lambda name=name, weight=weight: CAPS[name].function(weight, value=VALUE) for name in names]
+        times = medians(functions, repeats, device)
+        rows.append((f"{m} x {n}", f"{times[0] * 1e3:.1f}", *(f"{each / times[0]:.2f}" for each in times[1:])))
+        print(" | ".join(rows[-1]), flush=True)
+    return rows
+
+
 def memory_rows(device: torch.device) -> list[tuple[str, ...]]:
     """What the optimizer keeps beside weights and gradients, in sizes of the weights."""
     rows = [("matrices", "state / weights", "work / weights")]
@@ -237,7 +243,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 def main() -> None:
     """Run the parts and print or write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["step", "error", "training", "memory"])
+    parser.add_argument("--parts", nargs="+", default=["step", "error", "caps", "training", "memory"])
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -247,6 +253,7 @@ def main() -> None:
     parts: dict[str, Callable[[], list[tuple[str, ...]]]] = {
         "step": lambda: step_rows(arguments.repeats, device),
         "error": lambda: error_rows(device),
+        "caps": lambda: cap_rows(arguments.repeats, device),
         "training": lambda: training_rows(max(3, arguments.repeats // 3), device, arguments.batch),
         "memory": lambda: memory_rows(device),
     }

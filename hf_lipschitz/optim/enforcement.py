@@ -91,7 +91,7 @@ class Enforcer:
         for rule, name, parameter in constrained:
             reach = None
             if bounds is not None and bounds.tracks(rule, parameter):
-                reach = bounds.follow(parameter)
+                reach = bounds.follow(rule, parameter)
                 if reach <= rule.value and rule.capping.keeps:
                     continue
             # What must be gathered is not gathered all at once, whatever the device.

@@ -37,7 +37,8 @@ class StaleStateWarning(UserWarning):
 class KnownUpdates(Protocol):
     """An optimizer that knows the norm of its updates, as SpectralMuon does.
 
-    Matrices are in groups with ``"role": "matrix"``, ``"lr"`` and ``"weight_decay"``.
+    Matrices are in groups with ``"role": "matrix"``, ``"lr"``, ``"weight_decay"`` and, if their blocks of rows are
+    moved each for itself, ``"split"``.
     """
 
     param_groups: list[dict[str, Any]]
@@ -110,8 +111,11 @@ class NormBounds:
             )
         self._set(parameter, norm)
 
-    def follow(self, parameter: Tensor) -> float:
-        """After a step: the bound of the norm now.
+    def follow(self, rule: Constraint, parameter: Tensor) -> float:
+        """After a step: the bound of the rule's norm now.
+
+        A step moves each of the group's ``split`` blocks of rows by ``lr update_norm``, and n blocks of norm 1 under
+        one another have a norm of at most sqrt(n). Where the rule's blocks are parts of the group's, n is 1.
 
         Rounding: the decayed weight and the sum are rounded once each, and the scaled update once; each moves an entry
         by at most u relatively, which raises the norm by a factor of at most ``1 + u sqrt(k)`` (caps/storage.py).
@@ -120,7 +124,9 @@ class NormBounds:
         group = self._group(parameter)
         if group is not None and version != _version(parameter):
             roundoff = _TRACKED[parameter.dtype]
-            step = group["lr"] * self.optimizer.update_norm(group, parameter)
+            split = group.get("split", 1)
+            met = 1 if (rule.heads or 1) % split == 0 else split
+            step = group["lr"] * self.optimizer.update_norm(group, parameter) * math.sqrt(met)
             bound = abs(1.0 - group["lr"] * group["weight_decay"]) * bound + step
             bound = bound * (1.0 + 3.1 * roundoff * math.sqrt(min(parameter.shape)) + 1e-15) + _UNDERFLOW
             self._set(parameter, bound)

@@ -131,11 +131,12 @@ def build_trainer(
         epsilon=recipe.loss.epsilon,
         scale=recipe.loss.scale,
     )
+    arguments = training_arguments(recipe, folder, progress=progress)
     optimizer: dict[str, Any] = {}
     if recipe.optimizer.name == "spectral_muon":
-        settings = recipe.optimizer.model_dump(exclude={"name", "headroom"})
+        # "args" says which processes train together; lr and weight decay are the recipe's own.
+        settings = {**recipe.optimizer.model_dump(exclude={"name", "headroom"}), "args": arguments}
         optimizer = {"optimizer_cls_and_kwargs": (spectral_muon, settings)}
-    arguments = training_arguments(recipe, folder, progress=progress)
     every = recipe.trainer.estimate_steps
     lipschitz = LipschitzCallback(
         headroom=recipe.optimizer.headroom,

@@ -153,6 +153,19 @@ def test_heads_are_orthogonalised_and_bounded_each_for_itself(heads: int) -> Non
         assert enforcer.max_excess() <= 0.0
 
 
+@pytest.mark.parametrize("heads", [None, 2, 4, 8])
+def test_an_optimizer_that_was_built_for_other_heads_is_followed_too(heads: int | None) -> None:
+    """Each of four blocks moves by lr, so what holds several of them moves by more, and a part of one by no more."""
+    start = torch.full((8, 12), 1e-3)
+    model = OneWeight(start)
+    optimizer = SpectralMuon.from_model(model, rules("spectral_soft_cap", 1e6, heads=4), lr=0.05, momentum=0.0)
+    constraints = rules("spectral_soft_cap", 1e6, heads)
+    Enforcer(model, constraints).attach(optimizer)
+    for _ in range(30):
+        push(model, optimizer, -torch.ones(8, 12))
+        assert NORMS[constraints[0]["norm"]](model.weight, heads) <= optimizer.state[model.weight][KEY]
+
+
 def saved_and_loaded(optimizer: SpectralMuon, model: nn.Module, constraints: list[dict[str, Any]]) -> SpectralMuon:
     fresh = SpectralMuon.from_model(model, constraints, lr=1.0)
     fresh.load_state_dict(optimizer.state_dict())

@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from tests.launching import TWO, launch
+
 pytestmark = pytest.mark.slow
 
-_ROOT = Path(__file__).resolve().parents[2]
-TOGETHER = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
 RUNS = [f"{kind} {dtype}" for kind in ("replicated", "sharded") for dtype in ("torch.float32", "torch.float64")]
 # A step's products may be in bfloat16 for float32 weights; batches are summed in another order.
 TOLERANCE = {"torch.float32": 1e-3, "torch.float64": 1e-10}
 
 
-def launch(folder: Path, *launcher: str) -> list[dict[str, Any]]:
-    """The reports of all processes."""
-    folder.mkdir()
-    command = [sys.executable, *launcher, "-m", "tests.optim.two_processes", str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return [torch.load(path) for path in sorted(folder.glob("report-*.pt"))]
-
-
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("processes")
-    (single,), both = launch(folder / "one"), launch(folder / "two", *TOGETHER)
+    launch("tests.optim.two_processes", folder / "one")
+    launch("tests.optim.two_processes", folder / "two", *TWO)
+    (single,), both = ([torch.load(path) for path in sorted((folder / n).glob("report-*.pt"))] for n in ("one", "two"))
     assert len(both) == 2
     return single, both
 

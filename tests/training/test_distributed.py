@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +10,24 @@ import numpy as np
 import pytest
 
 from hf_lipschitz import verify
+from tests.launching import TWO, launch
 
 pytestmark = pytest.mark.slow
 
-_ROOT = Path(__file__).resolve().parents[2]
 RUNS = ("spectral_muon", "adamw", "recipe")
 
 
-def launch(folder: Path, *launcher: str) -> list[dict[str, Any]]:
+def reports_in(folder: Path) -> list[dict[str, Any]]:
     """The reports of all processes."""
-    folder.mkdir()
-    command = [sys.executable, *launcher, "-m", "tests.training.distributed", str(folder)]
-    environment = {**os.environ, "PYTHONPATH": str(_ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert run.returncode == 0, run.stderr[-4000:]
     return [json.loads(path.read_text()) for path in sorted(folder.glob("report-*.json"))]
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]], list[dict[str, Any]]]:
     folder = tmp_path_factory.mktemp("distributed")
-    single = launch(folder / "one")
-    both = launch(folder / "two", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    return folder / "two", single, both
+    launch("tests.training.distributed", folder / "one")
+    launch("tests.training.distributed", folder / "two", *TWO)
+    return folder / "two", reports_in(folder / "one"), reports_in(folder / "two")
 
 
 @pytest.mark.parametrize("run", RUNS)
