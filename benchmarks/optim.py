@@ -37,6 +37,7 @@ from hf_lipschitz.optim.enforcement import Enforcer
 from hf_lipschitz.optim.spectral_muon import SpectralMuon
 
 LR, VALUE = 0.02, 1.0
+PARTS = ["step", "error", "caps", "training", "memory"]
 Shapes = list[tuple[int, int]]
 GPT = [(768, 768)] * 48 + [(3072, 768)] * 12 + [(768, 3072)] * 12
 
@@ -243,7 +244,7 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
 def main() -> None:
     """Run the parts and print or write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=["step", "error", "caps", "training", "memory"])
+    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

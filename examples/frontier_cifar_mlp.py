@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from hf_lipschitz import certified_accuracy, certified_radius, certify
 from hf_lipschitz.caps.registry import CAPS
 from hf_lipschitz.caps.spectral_weight_decay import spectral_weight_decay
+from hf_lipschitz.errors import UserError
 from hf_lipschitz.evaluation.radii import pair_norms
 from hf_lipschitz.nn.init import orthogonal_weight
 from hf_lipschitz.optim.enforcement import Enforcer
@@ -275,6 +276,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="fewer steps, to try it out")
     parser.add_argument("--jobs", type=int, default=1, help="cells at a time, one thread each above 1")
     options = parser.parse_args()
+    if not options.config.is_file():
+        parser.error(f"{options.config} is not a file: give the YAML of a sweep, such as {CONFIG.name}")
     config = yaml.safe_load(options.config.read_text())
     config["steps"] = options.steps or config["steps"]
     table = options.output / "frontier_cifar_mlp.csv"
@@ -285,7 +288,10 @@ def main() -> None:
     if todo:
         global _DATA
         section = DataSection(path=options.data or config["data"])
-        train_data, test_data = load_image_data(section, "train"), load_image_data(section, "test")
+        try:
+            train_data, test_data = load_image_data(section, "train"), load_image_data(section, "test")
+        except UserError as error:
+            parser.error(str(error))
         _DATA = (train_data.pixel_values, train_data.labels, test_data.pixel_values, test_data.labels)
         with Progress() as progress:
             bar = progress.add_task("training", total=len(todo))

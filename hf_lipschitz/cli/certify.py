@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import shutil
 from pathlib import Path
@@ -118,9 +119,11 @@ def _shape(text: str | None, folder: Path) -> tuple[int, ...]:
         raise UserError(f"--input-shape {text}: give positive whole numbers with commas, such as 3,224,224")
     shape = tuple(int(part) for part in parts)
     if shape and (folder / "config.json").is_file():
+        from hf_lipschitz.bounds.errors import KernelError
         from hf_lipschitz.foreign import check_shape
 
-        check_shape(folder, shape)
+        with contextlib.suppress(KernelError):  # a config that is no JSON is the folder's fault, and is said there
+            check_shape(folder, shape)
     return shape
 
 

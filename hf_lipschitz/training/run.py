@@ -21,6 +21,7 @@ from hf_lipschitz.errors import UserError
 from hf_lipschitz.models.certified_model import CertifiedModel
 from hf_lipschitz.models.lip_vit.configuration_lip_vit import LipViTConfig
 from hf_lipschitz.models.lip_vit.modeling_lip_vit import LipViTForImageClassification
+from hf_lipschitz.optim.routing import constraints_of, route
 from hf_lipschitz.optim.spectral_muon import NonFiniteGradientError, spectral_muon
 from hf_lipschitz.training.callback import LipschitzCallback
 from hf_lipschitz.training.data import BatchedImages, ImageData, load_image_data
@@ -87,6 +88,7 @@ def train(
     config.label2id = {name: index for index, name in enumerate(data.label_names)}
     data.check(config)
     model = LipViTForImageClassification(config)
+    route(model.named_parameters(), constraints_of(model))  # before the Trainer makes a folder
     trainer = build_trainer(recipe, model, data, folder, progress=progress)
     if overwrite and trainer.is_world_process_zero():  # last, so that a mistake in the recipe costs nothing
         _empty(folder)

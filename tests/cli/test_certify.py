@@ -120,6 +120,9 @@ def test_the_shape_of_one_sample(call: Call, tmp_path: Path) -> None:
     for wrong in ("16,16", "1,16,16", "3,4,4,4"):
         ran = call("certify", tmp_path, "--input-shape", wrong)
         assert ran.status == 2 and "states images of 3 channels, so give 3,height,width" in ran.complaint
+    (tmp_path / "config.json").write_text("{")
+    ran = call("certify", tmp_path, "--input-shape", "3,16,16")
+    assert ran.status == 1 and "config.json: not valid JSON" in ran.complaint
 
 
 def test_a_stock_vit_is_refused_by_name(call: Call, tmp_path: Path) -> None:

@@ -327,3 +327,10 @@ def test_every_number_of_a_recipe_arrives(tmp_path: Path) -> None:
 def test_a_preset_is_overridden_by_keys() -> None:
     config = build_config(recipe(model="{preset: nano, config: {token_mixer: orthogonal}}"))
     assert (config.token_mixer, config.batch_centering, config.image_size) == ("orthogonal", True, 32)
+
+
+def test_constraints_that_do_not_fit_leave_no_folder(tmp_path: Path) -> None:
+    rules = '[{pattern: ".*weight", cap: decay, value: 1.0}, {pattern: ".*", cap: decay, value: 1.0}]'
+    with pytest.raises(UserError, match=r"two constraints, .* claim the parameter"):
+        train(recipe(model__config__constraints=rules), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
