@@ -83,6 +83,12 @@ def products_that_underflow() -> None:
         value = rule._norm(call, "query", "tr", [2.0**power, 0.0])  # type: ignore[attr-defined]
         exact = spectral_norm(fractions_of(weights["query"][:2])) * exactly(Fraction(2) ** power)
         at_least(value, exact, f"rows scaled by 2^{power}")
+    # each product is just below half a unit, so that all of it is lost
+    weights = {slot: np.full((2, 400), 2.0**-1000) for slot in ("query", "key", "value")}
+    rule, call = _attention("softmax_attention@1", weights, temperature=1.0, radius=1.0)
+    value = rule._norm(call, "query", "tr", [0.49 * 2.0**-74])  # type: ignore[attr-defined]
+    exact = spectral_norm(fractions_of(weights["query"])) * exactly(Fraction(0.49) / (1 << 74))
+    at_least(value, exact, "rows whose every product underflows")
     weights = {"query": 2.0**-1000 * draw((4, 3)), "key": draw((5, 4)), "value": draw((5, 6))}
     spans = [attention_open._diameters(weights[slot], 2)[0] for slot in ("key", "value")]
     for power in (-72, -76, -120):
@@ -90,7 +96,7 @@ def products_that_underflow() -> None:
         exact = spectral_norm(fractions_of(weights["query"][:2])) * exactly(Fraction(2) ** (power - 2))
         exact = exact * exactly(Fraction(spans[0])) * exactly(Fraction(spans[1]))
         at_least(rule.gains(call, "l2")[0], exact * exactly(1 - Fraction(1, 1 << 40)), f"rows of a memory, 2^{power}")
-    query = np.full((1, 400), 2.0**-1000)  # each product is just below half a unit, so that all of it is lost
+    query = np.full((1, 400), 2.0**-1000)
     weights = {"query": query, "key": draw((5, 2)), "value": draw((5, 3))}
     spans = [attention_open._diameters(weights[slot], 1)[0] for slot in ("key", "value")]
     temperature = 0.49 * 4.0 * 2.0**-74 / (spans[0] * spans[1])
