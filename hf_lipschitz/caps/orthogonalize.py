@@ -92,7 +92,8 @@ def _compose(x_SKN: Tensor, quintics: Sequence[Quintic], dtype: torch.dtype) -> 
     # The largest entry becomes 1, so that the Gram matrix neither overflows nor vanishes.
     peak_S11 = torch.maximum(x_SKN.amax(dim=(-2, -1), keepdim=True), -x_SKN.amin(dim=(-2, -1), keepdim=True))
     x_SKN.div_(_or_one(peak_S11))
-    y_SKN = torch.empty_like(x_SKN, dtype=dtype).copy_(x_SKN)
+    # In order also where x is the transpose of a tall stack: bfloat16 products into transposed memory are not fast.
+    y_SKN = torch.empty(x_SKN.shape, dtype=dtype, device=x_SKN.device).copy_(x_SKN)
     (a, b, c), *rest = quintics
     gram_SKK = y_SKN @ y_SKN.mT
     square_SKK = gram_SKK @ gram_SKK

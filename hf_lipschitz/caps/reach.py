@@ -110,7 +110,7 @@ def cap_by_correction(
         aims = aims_of(correction, reaches, value, (x_SKN.shape[-2], x_SKN.shape[-1]), compute)
         if max(reaches) > aims.widest:
             x_SKN = scaled(x_SKN, [min(1.0, aims.widest / bound) for bound in reaches])
-        raw_SKN = correction.polynomial((x_SKN * per_matrix(aims.before, x_SKN)).to(compute))
+        raw_SKN = correction.polynomial((x_SKN * per_matrix(aims.before, x_SKN)).to(compute).contiguous())
         return x_SKN - raw_SKN.to(x_SKN.dtype) * per_matrix(aims.after, x_SKN)
 
     return cap_what_exceeds(weight, transform, cap=cap, value=value, reach=reach)
@@ -141,7 +141,8 @@ def correct_(
         torch.stack(list(matrices), out=work_SMN)
         x_SKN = work_SMN.mT if is_tall else work_SMN
         x_SKN.mul_(per_matrix(aims.before, x_SKN))
-        raw_SKN = correction.polynomial(torch.empty_like(x_SKN, dtype=compute).copy_(x_SKN))
+        y_SKN = torch.empty(x_SKN.shape, dtype=compute, device=x_SKN.device).copy_(x_SKN)  # in order, see orthogonalize
+        raw_SKN = correction.polynomial(y_SKN)
         for matrix, raw, after in zip(matrices, raw_SKN.mT if is_tall else raw_SKN, aims.after, strict=True):
             matrix.add_(raw, alpha=-after)
     return True
